@@ -1,0 +1,347 @@
+"""Questions about a scene, their exact answers, and a chain of thought for each path, all made from the annotation.
+
+One question becomes two instances (data.py reads the format): LOR reasons in words without coordinates, DTR first writes the
+3D centres of the objects and then computes with the coordinates as written. Six region-metric families ask about marked
+objects, five general ones about the whole image; the grounding families have no chain of thought.
+
+The paper has its traces written by an expert model and does not check them. Here they follow from the annotation, so each
+ends in its own answer and its arithmetic is right as written.
+"""
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+
+from scenes import COLORS, SHAPES as PRIMITIVES
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# questions: what can be asked of a scene, with exact answers and a chain of thought for each path
+#
+# A family is a function (rng, objects) -> Ask or None (None: this scene has no such question). Lengths in a trace are
+# whole tenths of a metre (integers), so that its arithmetic is exact as written and no number needs more than one decimal.
+
+SHAPES = list(PRIMITIVES)
+MARKS = ["red bbox", "blue bbox", "green bbox"]             # in the order in which a question uses them
+MARGIN = 0.3                                                # metres; nearer ties are not asked about
+AXES = [("to the left of", "to the right of"), ("above", "below"), ("in front of", "behind")]      # smaller, larger x y z
+
+
+@dataclass
+class Ask:
+    text: str                   # the question; a mark is written as its name, "red bbox"
+    answer: str                 # exact, from the annotated centres
+    marked: list                # objects that carry MARKS[0], MARKS[1], ..; empty for a question about the whole image
+    words: str                  # LOR: reasoning without coordinates
+    solve: object = None        # DTR: (tenths of the centres, one xyz a marked object) -> (derivation, answer) or None
+    options: tuple = ()         # of a multiple-choice question, in the order shown
+
+
+def tenths(point):
+    """A point in metres -> whole tenths, as the traces write it."""
+    return [int(round(10 * float(v))) for v in point]
+
+
+def meters(tenth):
+    return f"{'-' if tenth < 0 else ''}{abs(tenth) // 10}.{abs(tenth) % 10}"
+
+
+def name(obj):
+    return f"{obj['color']} {obj['label']}" if obj["color"] else obj["label"]
+
+
+def letter(options, choice):
+    return "ABCDEF"[options.index(choice)]
+
+
+def choices(rng, *options):
+    """Shuffled options and the text that shows them."""
+    order = tuple(options[i] for i in rng.permutation(len(options)))
+    return order, " " + " ".join(f"{letter(order, o)}. {o}" for o in order)
+
+
+def pick(words, limits, value):
+    return words[sum(value >= limit for limit in limits)]
+
+
+def how_far(depth):
+    return pick(["very near", "near", "at middle range", "far", "very far"], [2.2, 3.5, 5, 6.3], depth)
+
+
+def place(obj, mark):
+    """What a mark holds, in words: the evidence of the language-only path."""
+    x, y, z = obj["center"]
+    side = pick(["on the left", "in the middle", "on the right"], [-0.15, 0.15], x / z)
+    return f"The {mark} holds a {name(obj)} {side}, {how_far(z)}."
+
+
+def squared_distance(a, b):
+    """Derivation of |a - b|^2 in tenths, every number rounded to one decimal as written; and the sum."""
+    d = [abs(p - q) for p, q in zip(a, b)]
+    squares = [(v * v + 5) // 10 for v in d]
+    text = ",".join(meters(v) for v in d) + "\n" + "+".join(meters(v) for v in squares) + "=" + meters(sum(squares))
+    return text, sum(squares)
+
+
+def ask_depth(rng, objects):
+    (a,) = rng.choice(objects, 1)
+    return Ask("How far is the red bbox from the camera in depth, in meters?", f"{a['center'][2]:.2f}", [a],
+               place(a, MARKS[0]), lambda c: (f"The depth is z:{meters(c[0][2])}.", meters(c[0][2])))
+
+
+def ask_move(rng, objects):
+    (a,) = rng.choice(objects, 1)
+    step = int(rng.integers(5, 16))
+    if a["center"][2] < step / 10 + 0.5:                    # the camera would stand in the object
+        return None
+    return Ask(f"If the camera moves forward by {meters(step)} meters, what is the depth of the red bbox in meters?",
+               f"{a['center'][2] - step / 10:.2f}", [a], place(a, MARKS[0]),
+               lambda c: (f"{meters(c[0][2])}-{meters(step)}={meters(c[0][2] - step)}", meters(c[0][2] - step)))
+
+
+def ask_distance(rng, objects):
+    a, b = rng.choice(objects, 2, replace=False)
+    gap = float(np.linalg.norm(a["center"] - b["center"]))
+    apart = pick(["almost touching", "close together", "some way apart", "far apart"], [0.8, 1.5, 2.8], gap)
+
+    def solve(c):
+        text, total = squared_distance(c[0], c[1])
+        root = meters(int(round((10 * total) ** 0.5)))
+        return f"{text}\nroot:{root}", root
+
+    return Ask("What is the distance between the red bbox and the blue bbox in meters?", f"{gap:.2f}", [a, b],
+               f"{place(a, MARKS[0])} {place(b, MARKS[1])} They are {apart}.", solve)
+
+
+def ask_nearer(rng, objects):
+    a, b, c = rng.choice(objects, 3, replace=False)
+    gaps = [float(np.linalg.norm(a["center"] - o["center"])) for o in (b, c)]
+    if abs(gaps[0] - gaps[1]) < MARGIN:
+        return None
+    options, shown = choices(rng, MARKS[1], MARKS[2])
+    best = MARKS[1 + int(gaps[1] < gaps[0])]
+
+    def solve(p):
+        (one, s), (two, t) = squared_distance(p[0], p[1]), squared_distance(p[0], p[2])
+        if s == t:
+            return None
+        win = MARKS[1 + (t < s)]
+        return f"blue:{one}\ngreen:{two}\n{win} is nearer.", letter(options, win)
+
+    words = " ".join(place(o, m) for o, m in zip((a, b, c), MARKS))
+    return Ask("Which is nearer to the red bbox?" + shown, letter(options, best), [a, b, c],
+               f"{words} {best} is nearer.", solve, options)
+
+
+def ask_axis(rng, objects):
+    a, b = rng.choice(objects, 2, replace=False)
+    axis = int(rng.integers(3))
+    if abs(a["center"][axis] - b["center"][axis]) < MARGIN:
+        return None
+    options, shown = choices(rng, *AXES[axis])
+    best = AXES[axis][int(a["center"][axis] > b["center"][axis])]
+
+    def solve(c):
+        p, q = c[0][axis], c[1][axis]
+        if p == q:
+            return None
+        side = AXES[axis][int(p > q)]
+        return f"{'xyz'[axis]}:{meters(p)}{'<>'[p > q]}{meters(q)}, {side}.", letter(options, side)
+
+    return Ask("Where is the red bbox relative to the blue bbox?" + shown, letter(options, best), [a, b],
+               f"{place(a, MARKS[0])} {place(b, MARKS[1])} The red bbox is {best} it.", solve, options)
+
+
+def ask_closer(rng, objects):
+    a, b = rng.choice(objects, 2, replace=False)
+    if abs(a["center"][2] - b["center"][2]) < MARGIN:
+        return None
+    far = bool(rng.integers(2))
+    options, shown = choices(rng, MARKS[0], MARKS[1])
+    best = MARKS[int((a["center"][2] > b["center"][2]) != far)]
+
+    def solve(c):
+        p, q = c[0][2], c[1][2]
+        if p == q:
+            return None
+        win = MARKS[int((p > q) != far)]
+        return f"z:{meters(p)}{'<>'[p > q]}{meters(q)}, {win}.", letter(options, win)
+
+    return Ask(f"Which is {'farther from' if far else 'closer to'} the camera?" + shown, letter(options, best), [a, b],
+               f"{place(a, MARKS[0])} {place(b, MARKS[1])} {best} is {'farther' if far else 'closer'}.", solve, options)
+
+
+def listing(objects):
+    """All objects of the image in words, from left to right."""
+    return "I see " + ", ".join(f"a {name(o)}" for o in objects) + "."
+
+
+def ask_count(rng, objects):
+    n = str(len(objects))
+    return Ask("How many objects are in the image?", n, [], f"Count {n}.")
+
+
+def ask_exist(rng, objects):
+    seen = sorted({o["color"] for o in objects})
+    unseen = sorted(set(COLORS) - set(seen))
+    there = bool(rng.integers(2)) or not unseen
+    color = str(rng.choice(seen if there else unseen))
+    options, shown = choices(rng, "yes", "no")
+    verdict = "yes" if there else "no"
+    return Ask(f"Is there a {color} object?" + shown, letter(options, verdict), [],
+               f"A {color} object: {verdict}.", None, options)
+
+
+def ask_color(rng, objects):
+    alone = [o for o in objects if sum(p["label"] == o["label"] for p in objects) == 1]
+    if not alone:
+        return None
+    a = rng.choice(alone)
+    others = rng.choice([c for c in sorted(COLORS) if c != a["color"]], 2, replace=False)
+    options, shown = choices(rng, a["color"], *map(str, others))
+    return Ask(f"What color is the {a['label']}?" + shown, letter(options, a["color"]), [],
+               f"The {a['label']} is {a['color']}.", None, options)
+
+
+def ask_shape(rng, objects):
+    alone = [o for o in objects if sum(p["color"] == o["color"] for p in objects) == 1]
+    if not alone:
+        return None
+    a = rng.choice(alone)
+    options, shown = choices(rng, *SHAPES)
+    return Ask(f"What shape is the {a['color']} object?" + shown, letter(options, a["label"]), [],
+               f"The {a['color']} object is a {a['label']}.", None, options)
+
+
+def ask_more(rng, objects):
+    one, two = (str(s) for s in rng.choice(SHAPES, 2, replace=False))
+    m, n = (sum(o["label"] == s for o in objects) for s in (one, two))
+    if m == n:
+        return None
+    options, shown = choices(rng, f"{one}s", f"{two}s")
+    best = f"{one if m > n else two}s"
+    return Ask("Which are there more of?" + shown, letter(options, best), [],
+               f"{one}s {m}, {two}s {n}: more {best}.", None, options)
+
+
+REGION = {"depth": ask_depth, "move": ask_move, "distance": ask_distance, "nearer": ask_nearer, "axis": ask_axis,
+          "closer": ask_closer}
+GENERAL = {"count": ask_count, "exist": ask_exist, "color": ask_color, "shape": ask_shape, "more": ask_more}
+
+
+def box_line(point, label):
+    return f'<3d_box center="{",".join(meters(v) for v in point)}">{label}</3d_box>'
+
+
+def detect_block(lines):
+    return "<detect>" + "\n".join([f"Find {len(lines)} relevant objects:", *lines]) + "</detect>\n"
+
+
+def finish(think, answer):
+    return f"<think>{think}</think>\n<answer>{answer}</answer>"
+
+
+def thousandths(box, image):
+    h, w = image.shape[:2]
+    return [round(1000 * v / s) for v, s in zip(box, (w, h, w, h))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# instances: the dicts of the published data format, pictures and depth in memory instead of on disk
+
+
+def instance(scene, key, task, question, target, marked=(), **more):
+    """One row. The first mention of each mark gets its `<mask>` (region token) where `more` holds "bbox"."""
+    row = {"id": f"{scene.id}/{task}/{key}", "source": scene.source, "task": task, "image": scene.image,
+           "depth": scene.depth, "intrinsics": list(scene.intrinsics), "image_hw": list(scene.image.shape[:2])}
+    for mark, obj in zip(MARKS, marked):
+        row[mark.replace(" ", "_")] = [thousandths(obj["box"], scene.image)]
+    order = sorted(range(len(marked)), key=lambda i: question.find(MARKS[i]))
+    if "bbox" in more:                                      # region masks, one per <mask>, in text order
+        more["bbox"] = [[float(v) for v in marked[i]["box"]] for i in order]
+        for i in order:
+            question = question.replace(MARKS[i], f"{MARKS[i]} <mask>", 1)
+    row["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": target}]
+    return {**row, **more}
+
+
+def stream(scene, *numbers):
+    """A random stream of this scene's own."""
+    return np.random.default_rng([crc32(scene.id.encode()), *numbers])
+
+
+def annotated(scene, sensor):
+    """The scene's objects from left to right; with `sensor` their centre is the mean of the visible surface."""
+    seen = [o for o in scene.objects if not sensor or o["surface"] is not None]
+    objects = [{**o, "center": np.asarray(o["surface" if sensor else "center"], float)} for o in seen]
+    return sorted(objects, key=lambda o: o["box"][0] + o["box"][2])
+
+
+def questions(scene, seed, sensor=False, tasks=None):
+    """-> instances: one question of each family that the scene allows, once for each path, with its trace as target.
+
+    sensor: centres (and the answers that follow) are what a depth camera sees, the mean of the visible surface: the
+    imperfect annotation of the cold start. The exact answer is in "answer"; the trace ends in the answer that follows
+    from its own, rounded, coordinates.
+    """
+    rows, objects = [], annotated(scene, sensor)
+    for index, (task, family) in enumerate({**REGION, **GENERAL}.items()):
+        if (tasks and task not in tasks) or len(objects) < 3 or (task in GENERAL and not all(o["color"] for o in objects)):
+            continue
+        ask = family(stream(scene, seed, index), objects)
+        solved = ask and (ask.solve(tenths_of(ask.marked)) if ask.solve else (ask.words, ask.answer))
+        if not solved:
+            continue
+        listed = ask.marked or objects
+        seen = " ".join([] if ask.marked else [listing(objects)])
+        rows.append(instance(scene, "lor", task, ask.text, finish(f"{seen} {ask.words}".strip(), rounded(ask.answer)),
+                             ask.marked, answer=ask.answer))
+        tags = [f" ({mark})" for mark in MARKS] if ask.marked else [""] * len(objects)
+        lines = [box_line(c, name(o) + tag) for c, o, tag in zip(tenths_of(listed), listed, tags)]
+        truth = {mark.replace(" ", "_"): {"bbox_2d": thousandths(o["box"], scene.image), "label": o["label"],
+                                          "center_cam": [round(float(v), 4) for v in o["center"]],
+                                          "instance_name": name(o)} for mark, o in zip(MARKS, ask.marked)}
+        rows.append(instance(scene, "dtr", task, ask.text, detect_block(lines) + finish(*solved), ask.marked,
+                             answer=ask.answer, bbox=[], **{"3d_pos": truth}))
+    return rows
+
+
+def tenths_of(objects):
+    return [tenths(o["center"]) for o in objects]
+
+
+def rounded(answer):
+    """An answer as a trace writes it: lengths with one decimal."""
+    return f"{float(answer):.1f}" if "." in answer else answer
+
+
+def grounding(scene, seed, sensor=False):
+    """-> instances without a chain of thought: region -> 3D centre, region -> 3D box, 2D grounding, region QA, VQA."""
+    rows, objects = [], annotated(scene, sensor)
+    rng = stream(scene, seed, 99)
+    for obj in rng.permutation(objects)[:2]:
+        line = box_line(tenths(obj["center"]), f"{name(obj)} ({MARKS[0]})")
+        rows.append(instance(scene, "center", "center", "Give the 3D center of the red bbox.", line, [obj], bbox=[]))
+        size = ",".join(meters(v) for v in tenths(obj["size"]))
+        angles = ",".join(str(v) for v in euler(obj["rotation"]))
+        rows.append(instance(scene, "box3d", "box3d", "Give the 3D box of the red bbox.",
+                             line.replace('">', f'" size="{size}" angles="{angles}">'), [obj], bbox=[]))
+        rows.append(instance(scene, "caption", "region_qa", "What is in the red bbox?", name(obj), [obj], bbox=[]))
+        if sum(name(o) == name(obj) for o in objects) == 1:
+            box = ",".join(map(str, thousandths(obj["box"], scene.image)))
+            rows.append(instance(scene, "box2d", "ground2d", f"Where is the {name(obj)}?", box))
+    for index, (task, family) in enumerate(GENERAL.items()):
+        ask = all(o["color"] for o in objects) and family(stream(scene, seed, 50 + index), objects)
+        if ask:
+            rows.append(instance(scene, task, "vqa", ask.text, ask.answer))
+    words = [str(w) for w in rng.choice([*COLORS, *SHAPES, *MARKS, *sum(AXES, ())], 3, replace=False)]
+    options, shown = choices(rng, *words)
+    rows.append(instance(scene, "letter", "options", f"Which option is {words[0]}?{shown}", letter(options, words[0])))
+    return rows
+
+
+def euler(rotation):
+    """Box axes in the camera frame -> rotations about y, x and z in whole degrees (R = Ry Rx Rz)."""
+    r = np.asarray(rotation)
+    return [round(float(np.degrees(v))) for v in (np.arctan2(r[0, 2], r[2, 2]), np.arcsin(np.clip(-r[1, 2], -1, 1)),
+                                                  np.arctan2(r[1, 0], r[1, 1]))]
