@@ -1,0 +1,296 @@
+"""The region-token model: stock Qwen3-VL + 3D position embedding + region tokens; sampling and scoring of responses.
+
+    depth -> point map -> sin/cos of xyz, averaged over each patch -> MLP -> + vision features        (3D position embedding)
+    region mask -> mask-weighted mean of those features -> Linear -> embedding of a `<mask>` token     (region token)
+
+Differences from the paper's release (method: SR-REAL, arXiv 2606.17539):
+1. True unprojection with intrinsics, in metres; no depth = no embedding. (There: a per-image relative depth, no intrinsics.)
+2. Region masks are area-averaged onto the patch grid, so a thin mask keeps its weight. (There: it can vanish.)
+3. A prompt is computed once for its whole group of responses, in `rollout` and in `token_logprobs`.
+
+Dimensions: B prompts, G responses per prompt, T response tokens, L prompt tokens, R regions, P patches, D width.
+"""
+import math
+
+import torch
+from torch import nn
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+BANDS = 8                                                   # sin, cos of 2^k x for k = 0..7, x in metres
+POINT_DIM = 3 * (1 + 2 * BANDS)                             # x itself, sines, cosines, for each of the 3 coordinates
+
+# ---------------------------------------------------------------------------------------------------------------------
+# geometry (pure functions)
+
+
+def point_map(depth, intrinsics):
+    """Unproject a depth map: camera coordinates of every pixel, metres, x right, y down, z forward.
+
+    depth (H, W) metres, NaN = none there; intrinsics (fx, fy, cx, cy) pixels -> (3, H, W).
+    """
+    fx, fy, cx, cy = intrinsics
+    h, w = depth.shape
+    u = torch.arange(w, dtype=torch.float32) + 0.5          # pixel centres
+    v = torch.arange(h, dtype=torch.float32) + 0.5
+    return torch.stack([(u - cx) / fx * depth, (v[:, None] - cy) / fy * depth, depth])
+
+
+def encode_points(xyz):
+    """[x, sin(2^k x), cos(2^k x)] of each coordinate: (3, H, W) -> (POINT_DIM, H, W). NaN stays NaN."""
+    angle = xyz[:, None] * 2.0 ** torch.arange(BANDS).view(1, -1, 1, 1)                      # (3, BANDS, H, W)
+    return torch.cat([xyz[:, None], angle.sin(), angle.cos()], 1).flatten(0, 1)
+
+
+def to_patches(maps, grid, merge):
+    """Area-average pixel maps onto the vision patches, in the order in which Qwen3-VL takes them (merge x merge blocks).
+
+    maps (C, H, W), NaN = no value there (left out of the mean); grid (rows, columns) of patches -> (P, C), NaN where a
+    patch holds no value at all. Encode first and average then: averaging xyz first triples the error of the centres.
+    """
+    known = maps[:1].isfinite().float()
+    total = nn.functional.adaptive_avg_pool2d(maps.nan_to_num(), grid)
+    mean = total / nn.functional.adaptive_avg_pool2d(known, grid)                             # 0 / 0 = NaN
+    rows, columns = grid
+    blocks = mean.view(-1, rows // merge, merge, columns // merge, merge)
+    return blocks.permute(1, 3, 2, 4, 0).reshape(rows * columns, -1)
+
+
+def region_weights(masks, grid, merge):
+    """Masks (R, H, W), 1 = inside -> (R, P) weights over the patches, each row sums to 1."""
+    weights = to_patches(masks, grid, merge).T
+    return weights / weights.sum(1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the patch of the stock model
+
+
+class PointEmbedding(nn.Module):
+    """Patch-averaged encoding of 3D points (P, POINT_DIM) -> (P, D); 0 where a patch has no depth (NaN)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1, self.norm, self.fc2 = nn.Linear(POINT_DIM, width), nn.LayerNorm(width), nn.Linear(width, width)
+        self.fc2.zero_init = True                           # training starts from the stock model's features
+
+    def forward(self, points):
+        seen = points.isfinite().all(-1, keepdim=True)
+        hidden = self.fc1(points.nan_to_num().to(self.fc1.weight.dtype))
+        return self.fc2(nn.functional.gelu(self.norm(hidden))) * seen
+
+
+class RegionVLM(Qwen3VLForConditionalGeneration):
+    """Stock Qwen3-VL with `points` and `regions`; without them bit-identical to it. See `encode_images`."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        width = config.vision_config.hidden_size
+        self.point_embed = PointEmbedding(width)
+        self.region_proj = nn.Linear(width, config.text_config.hidden_size)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if getattr(module, "zero_init", False):             # set on the leaf: transformers skips custom containers
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def encode_images(self, pixel_values, image_grid_thw, points=None, regions=None):
+        """Vision tower once: everything that the language model takes from the images.
+
+        points (P, POINT_DIM) over the patches of all images; regions (R, P), one row per `<mask>` in text order.
+        -> {"merged": one (tokens, D) an image, "deepstack": one such list a level, "regions": (R, D) or None}
+        """
+        vision = self.model.visual(pixel_values.type(self.model.visual.dtype), grid_thw=image_grid_thw, return_dict=True)
+        features, merged = vision.last_hidden_state, vision.pooler_output                    # (P, vision width)
+        if points is not None:
+            features = features + self.point_embed(points)
+            merged = self.model.visual.merger(features)
+        sizes = (image_grid_thw.prod(-1) // self.model.visual.spatial_merge_unit).tolist()
+        tokens = None if regions is None else self.region_proj(regions.to(features.dtype) @ features)
+        return {"merged": list(merged.split(sizes)), "regions": tokens,
+                "deepstack": [list(level.split(sizes)) for level in vision.deepstack_features]}
+
+    def positions(self, input_ids, attention_mask, mm_token_type_ids, image_grid_thw):
+        """M-RoPE positions (3, B, L) of the prompts, and the position of the token after each (B, 1)."""
+        positions, delta = self.model.get_rope_index(input_ids, mm_token_type_ids, image_grid_thw,
+                                                     attention_mask=attention_mask)
+        return positions, attention_mask.sum(1, keepdim=True) + delta
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, pixel_values=None,
+                image_grid_thw=None, mm_token_type_ids=None, points=None, regions=None, features=None, logits_to_keep=0,
+                **kwargs):
+        """The stock forward; with `points`, `regions` or the `features` of `encode_images`, the patched one."""
+        decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if decoding or (points is None and regions is None and features is None):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                                   past_key_values=past_key_values, pixel_values=pixel_values,
+                                   image_grid_thw=image_grid_thw, mm_token_type_ids=mm_token_type_ids,
+                                   logits_to_keep=logits_to_keep, **kwargs)
+        if features is None:
+            features = self.encode_images(pixel_values, image_grid_thw, points, regions)
+        if position_ids is None:
+            position_ids, _ = self.positions(input_ids, attention_mask, mm_token_type_ids, image_grid_thw)
+        is_image = input_ids == self.config.image_token_id                                   # (B, L), 1 = image token
+        embeds = self.get_input_embeddings()(input_ids)                                      # (B, L, D)
+        embeds = fill(embeds, is_image, torch.cat(features["merged"]), "image tokens")
+        if features["regions"] is not None:
+            embeds = fill(embeds, input_ids == self.config.region_token_id, features["regions"], "<mask> tokens")
+        out = self.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
+                                        past_key_values=past_key_values, visual_pos_masks=is_image,
+                                        deepstack_visual_embeds=[torch.cat(level) for level in features["deepstack"]])
+        logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:] if isinstance(logits_to_keep, int)
+                              else out.last_hidden_state[logits_to_keep])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
+
+
+def fill(embeds, here, features, what):
+    """Put features (N, D) where `here` (B, L) is 1, in order. masked_scatter itself says nothing when N is too large."""
+    if int(here.sum()) != len(features):
+        raise ValueError(f"{int(here.sum())} {what} in the text but {len(features)} features for them")
+    return embeds.masked_scatter(here[..., None], features.to(embeds.dtype))
+
+
+def select_features(features, images, regions):
+    """The features of some images and regions (lists of their indices), for instance of one prompt of a batch."""
+    return {"merged": [features["merged"][i] for i in images], "regions": features["regions"][regions],
+            "deepstack": [[level[i] for i in images] for level in features["deepstack"]]}
+
+
+def join_features(parts):
+    """The features of several prompts as those of one batch."""
+    return {"merged": sum((p["merged"] for p in parts), []), "regions": torch.cat([p["regions"] for p in parts]),
+            "deepstack": [sum(levels, []) for levels in zip(*(p["deepstack"] for p in parts))]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# key-value caches: a prompt is computed once for its group
+
+
+class PromptKV(DynamicLayer):
+    """Remembers the prompt's keys and values. Writing twice is harmless: activation checkpointing may replay it."""
+
+    def update(self, keys, values, *args, **kwargs):
+        self.keys, self.values, self.is_initialized = keys, values, True
+        return keys, values
+
+
+class BranchKV(DynamicLayer):
+    """A prompt's keys and values seen by its G responses, read-only; gradients flow back into the prompt."""
+
+    def __init__(self, prompt, group):
+        super().__init__()
+        self.keys, self.values = (kv.repeat_interleave(group, 0) for kv in (prompt.keys, prompt.values))
+        self.is_initialized = True
+
+    def update(self, keys, values, *args, **kwargs):
+        return torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+
+
+class DecodeKV(DynamicLayer):
+    """A prompt's keys and values for its G responses, with room for new tokens: written in place, never concatenated."""
+
+    def __init__(self, prompt, group, room):
+        super().__init__()
+        self.slabs = [nn.functional.pad(kv.repeat_interleave(group, 0), (0, 0, 0, room)) for kv in (prompt.keys, prompt.values)]
+        self.length, self.is_initialized = prompt.keys.shape[2], True
+        self.expose()
+
+    def expose(self):
+        self.keys, self.values = (slab[:, :, :self.length] for slab in self.slabs)
+
+    def update(self, keys, values, *args, **kwargs):
+        for slab, new in zip(self.slabs, (keys, values)):
+            slab[:, :, self.length:self.length + new.shape[2]] = new
+        self.length += keys.shape[2]
+        self.expose()
+        return self.keys, self.values
+
+    def keep_rows(self, rows):
+        self.slabs = [slab[rows] for slab in self.slabs]
+        self.expose()
+
+
+def forward_prompts(model, prompts, features):
+    """Prompts once -> (their keys and values per layer, logits (B, 1, V) after the last token, next positions (B, 1))."""
+    layers = model.model.language_model.layers
+    for layer in layers:                                    # else checkpointing layers silently drop the cache
+        layer._can_checkpoint_with_cache = True
+    cache = Cache(layers=[PromptKV() for _ in layers])
+    positions, after = model.positions(*(prompts[k] for k in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")))
+    images = {} if features else {k: prompts[k] for k in ("pixel_values", "image_grid_thw", "points", "regions")}
+    out = model(prompts["input_ids"], prompts["attention_mask"], positions, past_key_values=cache, features=features,
+                logits_to_keep=1, **images)
+    return cache.layers, out.logits, after
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sampling and scoring
+
+
+def allowed_logits(logits, banned, temperature):
+    """float32 logits / temperature with `banned` token ids at -inf: the one distribution that is sampled *and* scored."""
+    logits = logits.float() if logits.dtype != torch.float64 else logits
+    return (logits / temperature).index_fill(-1, banned, -math.inf)
+
+
+@torch.no_grad()
+def rollout(model, prompts, group, max_new_tokens, stop_ids, banned, temperature=1.0, generator=None):
+    """Sample `group` responses a prompt (temperature 0: greedy): vision tower once an image, prompt once a group.
+
+    prompts: a collated batch, left-padded. banned: token ids that are never sampled (image pads, `<mask>`).
+    -> tokens (B*G, T), mask (B*G, T) 1 = sampled, up to and including the stop token, logprobs (B*G, T), features.
+    The rows of a prompt are neighbours. A row whose last mask is 1 and that holds no stop id at its end was cut off.
+    """
+    model.eval()                                            # in train mode checkpointing layers drop the cache
+    features = model.encode_images(*(prompts[k] for k in ("pixel_values", "image_grid_thw", "points", "regions")))
+    layers, logits, position = forward_prompts(model, prompts, features)
+    cache = Cache(layers=[DecodeKV(layer, group, max_new_tokens) for layer in layers])
+    seen = prompts["attention_mask"].repeat_interleave(group, 0)                             # (rows, L)
+    position, logits = position.repeat_interleave(group, 0), logits[:, -1].repeat_interleave(group, 0)
+    rows = torch.arange(len(seen), device=seen.device)      # which responses the batch still holds
+    alive = torch.ones_like(rows, dtype=torch.bool)
+    tokens = seen.new_zeros(len(seen), max_new_tokens)
+    mask, logprobs = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=seen.device)
+    seen = nn.functional.pad(seen, (0, max_new_tokens), value=1)
+    for t in range(max_new_tokens):
+        logits = allowed_logits(logits, banned, temperature or 1.0)
+        new = logits.argmax(-1) if temperature == 0 else torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        logprob = logits.gather(1, new[:, None])[:, 0] - logits.logsumexp(1)
+        tokens[rows[alive], t], mask[rows[alive], t], logprobs[rows[alive], t] = new[alive], 1, logprob[alive].float()
+        alive = alive & ~torch.isin(new, stop_ids)
+        if t + 1 == max_new_tokens or not alive.any():
+            break
+        if alive.float().mean() < 0.8:                      # finished rows cost as much as others: drop them, not too often
+            for layer in cache.layers:
+                layer.keep_rows(alive)
+            rows, new, position, seen, alive = (x[alive] for x in (rows, new, position, seen, alive))
+        out = model(new[:, None], seen[:, :cache.get_seq_length() + 1], position.expand(3, -1, -1), past_key_values=cache)
+        logits, position = out.logits[:, -1], position + 1
+    length = int(mask.sum(1).max())
+    return tokens[:, :length], mask[:, :length], logprobs[:, :length], features
+
+
+def token_logprobs(model, prompts, features, tokens, mask, banned, temperature=1.0):
+    """Log-probabilities (B*G, T) of sampled tokens and the entropy (B*G, T) of their distributions, with gradient.
+
+    The prompt is computed once, its keys and values branch to the G responses. Same distribution as in `rollout`.
+    """
+    group = len(tokens) // len(prompts["input_ids"])
+    layers, first, position = forward_prompts(model, prompts, features)
+    cache = Cache(layers=[BranchKV(layer, group) for layer in layers])
+    seen = torch.cat([prompts["attention_mask"].repeat_interleave(group, 0), mask[:, :-1]], 1)
+    steps = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+    position = position.repeat_interleave(group, 0) + steps                                  # (B*G, T - 1)
+    logits = first.repeat_interleave(group, 0)
+    if tokens.shape[1] > 1:
+        rest = model(tokens[:, :-1], seen, position.expand(3, -1, -1), past_key_values=cache).logits
+        logits = torch.cat([logits, rest], 1)               # (B*G, T, V), the biggest tensor of the step
+    logits = allowed_logits(logits, banned, temperature)
+    norm = logits.logsumexp(-1)
+    logprobs = logits.gather(-1, tokens[..., None])[..., 0] - norm
+    with torch.no_grad():
+        entropy = norm - ((logits - norm[..., None]).exp() * logits.masked_fill(logits.isinf(), 0)).sum(-1)
+    return logprobs, entropy
