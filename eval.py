@@ -1,0 +1,241 @@
+"""Evaluation: greedy answers of both paths, scored by the rewards, with 95 % intervals.
+
+    python eval.py --model out/grpo                                    # held-out scenes of the embedded world
+    torchrun --nproc_per_node 8 eval.py --model out/grpo --scenes scenes.jsonl --json out.json --show out/pictures
+
+Every question is asked on both paths. Per path and task: accuracy, format, total and detection reward (means) and the centre
+error (median over the asked-for objects, metres; an object without a readable box of its own counts as infinitely far).
+"""
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import ImageDraw
+from tqdm import tqdm
+
+import data
+import questions
+import rewards
+import run
+import scenes as scenes_file
+from model import rollout
+from run import setting
+
+METRICS = ["accuracy", "format", "reward", "detection"]
+
+
+@dataclass
+class Settings:
+    model: str = setting("out/grpo", "folder of this project or a stock Qwen3-VL")
+    data: list = setting([], "instance files to answer instead of the embedded world")
+    scenes: str = setting("", "scenes.jsonl: ask the region questions about these pictures (real ones too)")
+    questions: int = setting(1320, "embedded world: number of held-out questions; each is asked on both paths")
+    path: str = setting("both", "lor, dtr or both")
+    temperature: float = setting(0.0, "0 is greedy (paper: 0.5 during training)")
+    max_new_tokens: int = setting(160, "longest response (paper: 2048)")
+    batch: int = setting(60, "prompts at once on a rank")
+    json: str = setting("", "file for the table and every response with its reward parts")
+    show: str = setting("", "folder for one picture a question: regions, predicted and true centres, response")
+    seed: int = setting(0, "seed of the sampling at temperatures above 0")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# questions
+
+
+def held_out(count, size, first=9 * 10**8):
+    """`count` questions of the embedded world about scenes that no training uses, as many of each family, for both paths."""
+    tasks = [*questions.REGION, *questions.GENERAL]
+    per_task = -(-count // len(tasks))
+    rows = {task: [] for task in tasks}
+    for seed in range(first, first + 100 * count):
+        open_tasks = [task for task in tasks if len(rows[task]) < 2 * per_task]
+        if not open_tasks:
+            break
+        asked = questions.questions(data.cached_scene(seed, size), seed, tasks=open_tasks)
+        if not asked:
+            continue
+        task = asked[2 * (seed % (len(asked) // 2))]["task"]     # one question a scene
+        rows[task] += [row for row in asked if row["task"] == task]
+    return [row for task in tasks for row in rows[task]]
+
+
+def from_scenes(path):
+    """The questions of both paths about every scene of a file."""
+    return [row for scene in scenes_file.load_scenes(path) for row in questions.questions(scene, 0)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# answers
+
+
+def token_rules(model, tokenizer, device):
+    """-> stop ids, and ids that are never sampled: a sampled image pad or <mask> would stand for a picture that is not there."""
+    stop = model.generation_config.eos_token_id
+    stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id}
+    banned = set(tokenizer.convert_tokens_to_ids(data.SPECIAL)) - stop
+    return torch.tensor(sorted(stop), device=device), torch.tensor(sorted(banned), device=device)
+
+
+def decode(tokenizer, tokens, mask, stop):
+    """-> (text without the stop token, whether the response ended by itself) for each row."""
+    ids = [row[keep.bool()].tolist() for row, keep in zip(tokens.cpu(), mask.cpu())]
+    ended = [bool(row) and row[-1] in stop for row in ids]
+    return [tokenizer.decode(row[:-1] if end else row) for row, end in zip(ids, ended)], ended
+
+
+def score(row, response):
+    """Reward parts of one response, and the distance (metres) of each asked-for centre from its prediction."""
+    centers = data.centers_of(row)
+    try:
+        parts = rewards.total_reward(response, data.answer_of(row), data.path_of(row), centers, question=data.question_of(row))
+    except ValueError as error:
+        raise data.BadRow(f"{row['source']}: {error}") from None
+    found = {}
+    for _, tag, center in rewards.parse_boxes(response):
+        found.setdefault(tag, center)
+    errors = [float(np.linalg.norm(np.subtract(found[tag], center))) if found.get(tag) else None
+              for tag, center in (centers or {}).items()]
+    return {"accuracy": parts["accuracy"], "format": parts["format"], "reward": parts["total"],
+            "detection": parts["detection"], "center_errors_m": errors}
+
+
+def answer(model, tokenizer, processor, rows, device, settings, title="evaluation"):
+    """Responses of a (sharded) model to the rows, scored; on every rank, in the order of the rows."""
+    stop, banned = token_rules(model, tokenizer, device)
+    generator = torch.Generator(device).manual_seed(settings.seed * 1000 + run.rank())
+    mine = sorted(range(run.rank(), len(rows), run.world()), key=lambda i: (data.path_of(rows[i]), len(data.question_of(rows[i]))))
+    results = []
+    with run.gathered(model):
+        bar = tqdm(range(0, len(mine), settings.batch), desc=title, disable=run.rank() > 0, mininterval=2)
+        for start in bar:
+            part = mine[start:start + settings.batch]
+            samples = [data.encode(rows[i], tokenizer, processor, train=False) for i in part]
+            prompts = data.to(data.collate(samples, tokenizer), device)
+            tokens, mask, *_ = rollout(model, prompts, 1, settings.max_new_tokens, stop, banned, settings.temperature, generator)
+            for i, text in zip(part, decode(tokenizer, tokens, mask, set(stop.tolist()))[0]):
+                results.append({"index": i, "id": rows[i].get("id", str(i)), "path": data.path_of(rows[i]),
+                                "task": rows[i].get("task", "question"), "question": data.question_of(rows[i]),
+                                "answer": data.answer_of(rows[i]), "response": text, **score(rows[i], text)})
+    return sorted(run.gather(results), key=lambda r: r["index"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the table
+
+
+def mean_interval(values):
+    """Mean and the half width of its 95 % interval (normal approximation)."""
+    values = np.asarray(values, float)
+    return float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+def median_interval(values):
+    """Median and its distribution-free 95 % interval (order statistics)."""
+    values, n = np.sort(np.asarray(values, float)), len(values)
+    half = 0.98 * n**0.5
+    low, high = values[max(0, int(n / 2 - half))], values[min(n - 1, int(np.ceil(n / 2 + half)))]
+    return float(np.median(values)), float(low), float(high)
+
+
+def make_table(results):
+    """Results -> one dict a path and task; "region", "general" and "all" pool tasks."""
+    pools = {"region": set(questions.REGION), "general": set(questions.GENERAL), "all": {r["task"] for r in results}}
+    table = []
+    for path in ("lor", "dtr"):
+        of_path = [r for r in results if r["path"] == path]
+        for task in [*dict.fromkeys(r["task"] for r in of_path), *pools]:
+            part = [r for r in of_path if r["task"] in pools.get(task, {task})]
+            if not part:
+                continue
+            line = {"path": path, "task": task, "n": len(part)}
+            for key in METRICS:
+                values = [r[key] for r in part if r[key] is not None]
+                line[key], line[f"{key}_ci"] = mean_interval(values) if values else (None, None)
+            errors = [np.inf if e is None else e for r in part for e in r["center_errors_m"]]
+            line["center_error_m"], *line["center_error_m_ci"] = median_interval(errors) if errors else (None, None, None)
+            table.append(line)
+    return table
+
+
+def paired(before, after, key, path, tasks=None):
+    """Mean difference after - before of a metric over the same questions, and the half width of its 95 % interval."""
+    pick = lambda rs: [r for r in rs if r["path"] == path and (tasks is None or r["task"] in tasks) and r[key] is not None]
+    return mean_interval([b[key] - a[key] for a, b in zip(pick(before), pick(after))])
+
+
+def show_table(*named):
+    """Print tables side by side: named is (title, table), ..."""
+    cell = lambda value, ci: "      -     " if value is None else f"{value:6.3f} ±{ci:.3f}"
+    run.say("\n" + " " * 22 + "".join(f"| {title:^63}" for title, _ in named))
+    heads = "".join(f"{h:>13}" for h in ("accuracy", "format", "reward", "detection")) + f"{'error m':>9}"
+    run.say(f"{'path task':<15}{'n':>6} " + f"|{heads} " * len(named))
+    for lines in zip(*(table for _, table in named)):
+        text = f"{lines[0]['path']:<4} {lines[0]['task']:<10}{lines[0]['n']:>6} "
+        for line in lines:
+            error = "" if line["center_error_m"] is None else f"{line['center_error_m']:.3f}"
+            text += "|" + "".join(f"{cell(line[k], line[f'{k}_ci']):>13}" for k in METRICS) + f"{error:>9} "
+        run.say(text)
+    run.say("± is half a 95 % interval over questions; error is the median distance of the predicted centres\n")
+
+
+def write_json(path, results):
+    if run.rank() == 0:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with open(f"{path}.partial", "w") as file:
+            json.dump({"table": make_table(results), "responses": results}, file)
+        os.replace(f"{path}.partial", path)
+
+
+def show_pictures(folder, rows, results):
+    """One PNG a question: marks, true (circle) and predicted (cross) centres projected into it, the response below."""
+    os.makedirs(folder, exist_ok=True)
+    for row, result in zip(rows, results):
+        image = data.draw_marks(data.open_image(row), row)
+        camera = data.intrinsics_of(row, *image.size)
+        scale = max(1, round(640 / image.width))
+        image = image.resize((image.width * scale, image.height * scale))
+        text = f"{result['question']}\ntruth {result['answer']}   reward {result['reward']:.2f}\n{result['response']}"
+        canvas = data.Image.new("RGB", (max(image.width, 640), image.height + 20 + 14 * (text.count("\n") + 1)), "white")
+        canvas.paste(image)
+        pen = ImageDraw.Draw(canvas)
+        pen.text((6, image.height + 6), text, fill="black")
+        found = {tag: center for _, tag, center in reversed(rewards.parse_boxes(result["response"])) if center}
+        for tag, center in (data.centers_of(row) or {}).items():
+            color = data.MARK_COLORS[tag.split()[0]]
+            u, v = scale * np.array(scenes_file.project(center, camera))
+            pen.ellipse([u - 6, v - 6, u + 6, v + 6], outline=color, width=2)
+            if tag in found and found[tag][2] > 0:
+                u, v = scale * np.array(scenes_file.project(found[tag], camera))
+                pen.line([u - 6, v - 6, u + 6, v + 6], fill=color, width=2)
+                pen.line([u - 6, v + 6, u + 6, v - 6], fill=color, width=2)
+        canvas.save(os.path.join(folder, f"{result['index']:05d}_{result['path']}_{result['task']}.png"))
+
+
+def main():
+    settings = run.parse(Settings, __doc__)
+    if settings.path not in ("lor", "dtr", "both"):
+        raise run.UserError(f"--path {settings.path}: needs lor, dtr or both")
+    device = run.setup(settings.seed)
+    model, tokenizer, processor = run.load_model(settings.model)
+    if settings.scenes:
+        rows = from_scenes(settings.scenes)
+    elif settings.data:
+        rows = [row for file in settings.data for row in data.load_instances(file)]
+    else:
+        rows = held_out(settings.questions, round(processor.size["longest_edge"] ** 0.5))
+    rows = [row for row in rows if settings.path in ("both", data.path_of(row))]
+    if not rows:
+        raise run.UserError("nothing to answer: no row of this path, or no scene with at least three objects")
+    results = answer(run.shard(model, device), tokenizer, processor, rows, device, settings)
+    show_table((settings.model, make_table(results)))
+    if settings.json:
+        write_json(settings.json, results)
+    if settings.show and run.rank() == 0:
+        show_pictures(settings.show, rows, results)
+
+
+if __name__ == "__main__":
+    run.main(main)

@@ -1,0 +1,239 @@
+"""Around every stage: settings from the command line, processes and devices, sharding, models on disk.
+
+One code path for `python sft.py`, `torchrun --nproc_per_node 8 sft.py` and several nodes: FSDP2 on a mesh of all ranks, also of
+one; gloo on CPU, NCCL on CUDA; float32 weights, bf16 compute on CUDA, float32 reduction of gradients.
+"""
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import shutil
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLConfig, logging as hf_logging
+
+import data
+import questions
+from model import RegionVLM
+
+# ---------------------------------------------------------------------------------------------------------------------
+# settings: one dataclass a script; a field is setting(default, reason)
+
+
+class UserError(ValueError):
+    """Something that the user can mend: printed as one line, exit code 2."""
+
+
+def setting(default, reason):
+    return dataclasses.field(default_factory=lambda: default, metadata={"help": reason, "default": default})
+
+
+def parse(settings, description, argv=None):
+    """Command line -> settings object. `--name value`; a list takes several values; a bool is a switch."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    for field in dataclasses.fields(settings):
+        default, reason = field.metadata["default"], field.metadata["help"].replace("%", "%%")
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else \
+            {"nargs": "+", "metavar": "X"} if isinstance(default, list) else \
+            {"type": type(default) if default is not None else str, "metavar": "X"}
+        parser.add_argument(f"--{field.name}", default=default, help=f"{reason} [default: {default}]", **kind)
+    return settings(**vars(parser.parse_args(argv)))
+
+
+def main(function):
+    """Run a stage; a mistake of the user ends in one line on standard error and exit code 2."""
+    try:
+        function()
+    except (UserError, data.BadRow) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def say(*words):
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# processes
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def setup(seed):
+    """Join the processes (one without torchrun), pick this rank's device, seed every generator. -> device"""
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():
+        if "RANK" in os.environ:                            # torchrun
+            dist.init_process_group("nccl" if cuda else "gloo")
+        else:
+            dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def total(value):
+    """Sum of a number over the ranks."""
+    tensor = torch.tensor(float(value), dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        tensor = tensor.cuda()
+    dist.all_reduce(tensor)
+    return tensor.item()
+
+
+def most(value):
+    """Largest value over the ranks."""
+    return max(gather([value]))
+
+
+def gather(rows):
+    """Concatenate each rank's list, in rank order, on every rank."""
+    parts = [None] * world()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sharding
+
+
+def shard(model, device, checkpointing=False):
+    """FSDP2 over all ranks. Small layers stay in the root's unit: a collective a layer only pays when layers are large."""
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    mesh = init_device_mesh(device.type, (world(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    for layer in [*model.model.visual.blocks, *model.model.language_model.layers]:
+        if sum(p.numel() for p in layer.parameters()) > 5e6:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model.to(device), mesh=mesh, mp_policy=policy)
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Whole weights on every rank, so that ranks may run different numbers of forward passes (rollouts, evaluation)."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models
+
+SIZES = {  # embedded default models: picture side, patch, vision (width, layers, MLP), text (width, layers, MLP, heads)
+    "tiny": dict(image=96, patch=8, merge=3, vision=(64, 3, 160, 2), text=(128, 3, 352, 4)),
+    "small": dict(image=128, patch=8, merge=2, vision=(256, 6, 768, 4), text=(384, 8, 1024, 6)),
+    "base": dict(image=224, patch=14, merge=2, vision=(512, 8, 1536, 8), text=(768, 12, 2048, 12)),
+}
+
+
+def new_model(size, seed):
+    """The embedded default: a small Qwen3-VL from a config, with a tokenizer trained on the embedded world's texts."""
+    plan, scenes = SIZES[size], [data.cached_scene(s, 96) for s in range(150)]
+    rows = [r for i, scene in enumerate(scenes) for r in questions.questions(scene, i) + questions.grounding(scene, i)]
+    tokenizer = data.train_tokenizer([turn["value"] for row in rows for turn in row["conversations"]])
+    ids = tokenizer.convert_tokens_to_ids
+    vision, text = plan["vision"], plan["text"]
+    head = text[0] // text[3]
+    config = Qwen3VLConfig(
+        vision_config=dict(hidden_size=vision[0], depth=vision[1], intermediate_size=vision[2], num_heads=vision[3], patch_size=plan["patch"],
+                           spatial_merge_size=plan["merge"],
+                           temporal_patch_size=1, out_hidden_size=text[0], deepstack_visual_indexes=[],
+                           num_position_embeddings=(plan["image"] // plan["patch"]) ** 2),
+        text_config=dict(hidden_size=text[0], num_hidden_layers=text[1], intermediate_size=text[2], num_attention_heads=text[3],
+                         num_key_value_heads=text[3] // 2, head_dim=head, vocab_size=len(tokenizer), max_position_embeddings=4096,
+                         tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
+                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_interleaved=True,
+                                              mrope_section=[head // 2 - 2 * (head // 6), head // 6, head // 6])),
+        tie_word_embeddings=True, image_token_id=ids(data.IMAGE_PAD), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids(data.IMAGE_START), vision_end_token_id=ids(data.IMAGE_END), region_token_id=ids(data.REGION))
+    torch.manual_seed(seed)
+    model = RegionVLM(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids("<|im_end|>"), tokenizer.pad_token_id
+    return model, tokenizer, data.tiny_image_processor(plan["image"], plan["patch"], plan["merge"])
+
+
+def load_model(name):
+    """A folder of this project or a stock Qwen3-VL (hub name or folder) -> model (float32), tokenizer, image processor."""
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise UserError(f"--model {name}: no config.json there; give a folder that sft.py or grpo.py has written, or a Qwen3-VL")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type != "qwen3_vl":
+            raise UserError(f"--model {name}: a {config.model_type} model; only Qwen3-VL is supported")
+        tokenizer, processor = AutoTokenizer.from_pretrained(name), Qwen2VLImageProcessorPil.from_pretrained(name)
+        if not hasattr(config, "region_token_id"):          # a stock checkpoint: its embedding has spare rows
+            tokenizer.add_special_tokens({"additional_special_tokens": [data.REGION]}, replace_additional_special_tokens=False)
+            config.region_token_id = tokenizer.convert_tokens_to_ids(data.REGION)
+        model = RegionVLM.from_pretrained(name, config=config, dtype=torch.float32)
+    except OSError as error:
+        raise UserError(f"--model {name}: {str(error).splitlines()[0]}") from None
+    return model, tokenizer, processor
+
+
+def save_model(model, tokenizer, processor, out):
+    """Whole weights in `out`, readable by from_pretrained. Written beside and renamed: a reader never sees half a model."""
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank() == 0:
+        partial = f"{out}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        os.makedirs(out, exist_ok=True)
+        for name in os.listdir(partial):                    # keeps metrics.jsonl and the like that lie in `out`
+            os.replace(os.path.join(partial, name), os.path.join(out, name))
+        os.rmdir(partial)
+    dist.barrier()
+
+
+class Log:
+    """DIR/metrics.jsonl, one JSON object a step, written by rank 0."""
+
+    def __init__(self, out):
+        self.path, self.start = os.path.join(out, "metrics.jsonl"), time.time()
+        if rank() == 0:
+            try:
+                os.makedirs(out, exist_ok=True)
+                open(self.path, "w").close()
+            except OSError as error:
+                raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
+
+    def write(self, **values):
+        if rank() == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({**values, "seconds": round(time.time() - self.start, 2)}) + "\n")

@@ -1,0 +1,138 @@
+"""Cold start: supervised fine-tuning on the blended mixture (SR-REAL, arXiv 2606.17539, stage 1).
+
+    python sft.py                                                      # embedded world, one process, CPU or one GPU
+    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data cot.json*2 grounding.json
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 sft.py ...
+
+Cross-entropy on the tokens of the target, up to and with the end of turn, as a mean over the target tokens of the *global*
+batch: the denominator is summed over ranks and micro-batches before the first backward.
+
+Differences from the paper: rows are sorted by length into micro-batches, not packed; the embedded cold start is imperfect in
+the way that real ones are (few annotated scenes; centres as a depth sensor sees them, on the surface).
+"""
+import math
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import run
+from run import setting
+
+
+@dataclass
+class Settings:
+    out: str = setting("out/sft", "folder for the model and metrics.jsonl")
+    model: str = setting("", "stock Qwen3-VL or a folder of this project; empty: a small new model (paper: NVILA-Lite-8B)")
+    size: str = setting("tiny", "size of a new model: tiny (1.4 M parameters), small, base")
+    data: list = setting([], "instance files, FILE or FILE*weight; empty: the embedded world")
+    skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
+    scenes: int = setting(2000, "embedded world: number of annotated scenes (real traces are scarce too)")
+    seed: int = setting(0, "seed of weights, data order and sampling")
+    steps: int = setting(1600, "optimizer steps (paper: 2 epochs)")
+    batch: int = setting(64, "rows an optimizer step, all ranks together (paper: 512)")
+    micro_tokens: int = setting(2048, "most tokens, with padding, of one forward pass on a rank; bounds memory")
+    lr: float = setting(2e-3, "peak learning rate, cosine to 0 after the warm-up (paper: 5e-6 on a pretrained model)")
+    warmup: float = setting(0.03, "share of the steps (paper: 0.03)")
+    weight_decay: float = setting(0.0, "of AdamW (paper: 0)")
+    beta2: float = setting(0.98, "of AdamW; short runs forget gradients sooner (paper: 0.999)")
+    clip: float = setting(1.0, "largest gradient norm (paper: 1.0)")
+    checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); saves memory, costs a third")
+    workers: int = setting(0, "loader processes a rank")
+
+
+class Encoded(torch.utils.data.Dataset):
+    """Positions of a blend -> encoded samples."""
+
+    def __init__(self, blend, tokenizer, processor):
+        self.blend, self.tokenizer, self.processor = blend, tokenizer, processor
+
+    def __getitem__(self, position):
+        return data.encode(self.blend[position], self.tokenizer, self.processor, train=True)
+
+
+def micro_batches(samples, max_tokens):
+    """Samples sorted by length, cut where rows x longest row would exceed max_tokens (a longer row goes alone)."""
+    parts, samples = [[]], sorted(samples, key=lambda s: len(s["prompt"]) + len(s["target"]))
+    for sample in samples:
+        if parts[-1] and (len(parts[-1]) + 1) * (len(sample["prompt"]) + len(sample["target"])) > max_tokens:
+            parts.append([])
+        parts[-1].append(sample)
+    return parts
+
+
+def target_loss(model, batch):
+    """Summed cross-entropy of the target tokens (a scalar); logits are made at those positions only."""
+    batch = dict(batch)
+    is_target = batch.pop("loss_mask")[:, 1:].bool()                                         # (B, L - 1)
+    keep = F.pad(is_target, (0, 1))                         # the token before predicts it
+    logits = model(**batch, logits_to_keep=keep).logits                                      # (targets, V)
+    return F.cross_entropy(logits.float(), batch["input_ids"][:, 1:][is_target], reduction="sum")
+
+
+def learning_rate(settings, step):
+    warm = max(1, settings.warmup * settings.steps)
+    return settings.lr * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+
+
+def train(settings, model, tokenizer, processor, sources, device):
+    """The whole cold start. -> the trained (sharded) model"""
+    if settings.steps < 1:
+        raise run.UserError("--steps: needs at least 1")
+    if settings.batch % run.world():
+        raise run.UserError(f"--batch {settings.batch}: not divisible by {run.world()} processes; use a multiple")
+    log = run.Log(settings.out)
+    blend, local = data.Blend(sources, settings.seed), settings.batch // run.world()
+    run.say(f"cold start: {settings.steps} steps of {settings.batch} rows ({local} a rank) from {len(blend)} rows: " +
+            ", ".join(f"{name} {count}" for (name, _, _), count in zip(sources, blend.counts)))
+    model = run.shard(model, device, settings.checkpointing)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, settings.beta2),
+                                  weight_decay=settings.weight_decay, fused=True)
+    mine = [step * settings.batch + run.rank() * local + i for step in range(settings.steps) for i in range(local)]
+    loader = DataLoader(Encoded(blend, tokenizer, processor), batch_size=local, sampler=mine, collate_fn=list,
+                        num_workers=settings.workers)
+    bar = tqdm(loader, desc="cold start", disable=run.rank() > 0, mininterval=2)
+    model.train()
+    for step, samples in enumerate(bar):
+        parts = [data.to(data.collate(part, tokenizer), device) for part in micro_batches(samples, settings.micro_tokens)]
+        tokens = run.total(sum(part["loss_mask"].sum().item() for part in parts))            # of the global batch, first
+        rounds = run.most(len(parts))                       # every rank runs as many passes: collectives stay in step
+        loss_sum = 0.0
+        for i in range(rounds):
+            model.set_requires_gradient_sync(i == rounds - 1)
+            loss = target_loss(model, parts[min(i, len(parts) - 1)]) * (i < len(parts))
+            (loss * run.world() / tokens).backward()        # FSDP averages over the ranks, hence their number
+            loss_sum += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = run.total(loss_sum) / tokens
+        log.write(step=step, loss=loss, grad_norm=float(norm.full_tensor()), lr=learning_rate(settings, step), tokens=int(tokens))
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    run.save_model(model, tokenizer, processor, settings.out)
+    return model
+
+
+def sources_of(settings, size):
+    """The blend of --data, or the embedded world's."""
+    if not settings.data:
+        return data.cold_start_blend(settings.scenes, first=settings.seed * 10**6, size=size)
+    return data.file_sources(settings.data, settings.skip_bad_rows)
+
+
+def main():
+    settings = run.parse(Settings, __doc__)
+    device = run.setup(settings.seed)
+    model, tokenizer, processor = run.load_model(settings.model) if settings.model else run.new_model(settings.size, settings.seed)
+    train(settings, model, tokenizer, processor, sources_of(settings, run.SIZES[settings.size]["image"]), device)
+
+
+if __name__ == "__main__":
+    run.main(main)
