@@ -1,13 +1,13 @@
 """Blended data: instances (JSON files or the embedded world) -> model inputs.
 
-An instance is a dict in the format of the authors' published sets (see README, "Your own data"): picture, optional depth map
-and intrinsics, a question, a target, coloured marks, region boxes, and "3d_pos" for the DTR path. Marks are drawn on the
-picture for both paths; only DTR questions carry `<mask>` placeholders, one for each region.
+An instance is a dict in the format of the authors' published sets (see README, "Your own data"): picture, optional
+depth map and intrinsics, a question, a target, coloured marks, region boxes, and "3d_pos" for the DTR path. Marks are
+drawn on the picture for both paths; only DTR questions carry `<mask>` placeholders, one for each region.
 
 Differences from the paper's release (SR-REAL, arXiv 2606.17539):
-1. A bad row is an error that names file, row and field; `--skip_bad_rows` counts and lists them. (There: silently resampled.)
-2. Depth is metric and has intrinsics. Without intrinsics a field of view of 60 degrees is assumed; without depth there is no
-   3D position embedding at all.
+1. A bad row is an error that names file, row and field; `--skip_bad_rows` counts and lists them. (There: resampled.)
+2. Depth is metric and has intrinsics. Without intrinsics a field of view of 60 degrees is assumed; without depth there
+   is no 3D position embedding at all.
 3. The prompt's own example of the DTR format earns the full format reward.
 """
 import json
@@ -23,19 +23,20 @@ from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 import questions
 from model import POINT_DIM, encode_points, point_map, region_weights, to_patches
-from rewards import extract_answer
-from scenes import make_scene
+from rewards import extract_answer, total_reward
+from scenes import load_scenes, make_scene
 
 DEFAULT_FOV = 60                                            # degrees, horizontal: for pictures without intrinsics
 MARK_COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "yellow": (255, 255, 0)}
 
 # Released checkpoints of the authors would need the authors' wording: these two constants are the only place to change.
 FIRST = "You are a helpful assistant. The user asks a question, and then you solve it. "
-LOR_PROMPT = FIRST + ("First think about it, then answer: the reasoning inside <think> </think>, the answer inside <answer> "
-                      "</answer>.\n{Q}")
-DTR_PROMPT = FIRST + ('First detect the 3D centers of the relevant objects in meters (x right, y down, z forward), then think, '
-                      'then answer, like this:\n<detect>Find 1 relevant objects:\n<3d_box center="0.3,-0.8,3.3">chair (red '
-                      'bbox)</3d_box></detect>\n<think>The depth is z:3.3.</think>\n<answer>3.3</answer>\n{Q}')
+LOR_PROMPT = FIRST + ("First think about it, then answer: the reasoning inside <think> </think>, the answer inside "
+                      "<answer> </answer>.\n{Q}")
+DTR_PROMPT = FIRST + ("First detect the 3D centers of the relevant objects in meters (x right, y down, z forward), "
+                      "then think, then answer, like this:\n<detect>Find 1 relevant objects:\n"
+                      '<3d_box center="0.3,-0.8,3.3">chair (red bbox)</3d_box></detect>\n'
+                      "<think>The depth is z:3.3.</think>\n<answer>3.3</answer>\n{Q}")
 PROMPTS = {"lor": LOR_PROMPT, "dtr": DTR_PROMPT}
 
 IMAGE_START, IMAGE_PAD, IMAGE_END, REGION = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<mask>"
@@ -47,20 +48,23 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_START, IMAGE_END
 
 
 def train_tokenizer(texts, vocab_size=1024):
-    """A small byte-level BPE. Frequent fixed pieces (the two prompts, the tags, decimals) are one plain-text token each,
-    so that a laptop does not spend its time on boilerplate."""
+    """A small byte-level BPE. Frequent fixed pieces (the two prompts, the tags, decimals) are one plain-text token
+    each, so that a laptop does not spend its time on boilerplate."""
     texts = [*texts, *["user assistant\n"] * 100]
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, vocab_size, new_special_tokens=SPECIAL, show_progress=False)
-    pieces = [p.format(Q="") for p in PROMPTS.values()] + ["</3d_box>", "</3d_box>\n", '<3d_box center="', '">', "<think>", "</detect>\n",
-              "</think>\n<answer>", "</answer>", "<detect>Find ", " relevant objects:\n", *(f".{d}" for d in range(10))]
-    tokenizer.add_tokens(pieces)
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(texts, vocab_size, new_special_tokens=SPECIAL,
+                                                         show_progress=False)
+    tokenizer.add_tokens([
+        *(prompt.format(Q="") for prompt in PROMPTS.values()), "<detect>Find ", " relevant objects:\n",
+        '<3d_box center="', '">', "</3d_box>", "</3d_box>\n", "</detect>\n", "<think>", "</think>\n<answer>",
+        "</answer>", *(f".{digit}" for digit in range(10))])
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
     return tokenizer
 
 
 def tiny_image_processor(size, patch, merge):
-    return Qwen2VLImageProcessorPil(patch_size=patch, merge_size=merge, temporal_patch_size=1, image_mean=[0.5] * 3,
-                                    image_std=[0.5] * 3, size={"shortest_edge": (patch * merge) ** 2, "longest_edge": size * size})
+    pixels = {"shortest_edge": (patch * merge) ** 2, "longest_edge": size * size}
+    return Qwen2VLImageProcessorPil(patch_size=patch, merge_size=merge, temporal_patch_size=1, size=pixels,
+                                    image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,18 +76,20 @@ class BadRow(ValueError):
 
 
 def load_instances(path):
-    """A JSON list (or JSON lines) of instances -> list of dicts that know their "source" and the "folder" of their files."""
+    """A JSON list (or JSON lines) of instances -> dicts that know their "source" and the "folder" of their files."""
     if not os.path.isfile(path):
         raise BadRow(f"{path}: no such file (give a JSON list of instances)")
     with open(path, encoding="utf-8") as file:
         text = file.read()
     try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(l) for l in text.splitlines() if l.strip()]
+        is_list = text.lstrip().startswith("[")
+        rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
         raise BadRow(f"{path}: line {error.lineno}: not JSON ({error.msg})") from None
     if not rows:
         raise BadRow(f"{path}: holds no rows")
-    return [{**row, "source": f"{path}: row {i}", "folder": os.path.dirname(os.path.abspath(path))} for i, row in enumerate(rows)]
+    folder = os.path.dirname(os.path.abspath(path))
+    return [{**row, "source": f"{path}: row {i}", "folder": folder} for i, row in enumerate(rows)]
 
 
 def path_of(row):
@@ -97,7 +103,8 @@ def question_of(row):
 
 def turns(row):
     talk = row.get("conversations")
-    if not isinstance(talk, list) or len(talk) != 2 or not all(isinstance(t, dict) and str(t.get("value", "")).strip() for t in talk):
+    if not isinstance(talk, list) or len(talk) != 2 or not all(
+            isinstance(turn, dict) and str(turn.get("value", "")).strip() for turn in talk):
         raise BadRow(f"{row['source']}: field 'conversations': needs one question and one non-empty answer")
     return talk[0]["value"], talk[1]["value"]
 
@@ -150,12 +157,13 @@ def open_depth(row, width, height):
     if isinstance(depth, str):
         image = open_image(row, "depth")
         if image.mode in ("L", "P", "RGB") and "depth_scale" not in row:
-            raise BadRow(f"{row['source']}: field 'depth': 8-bit pictures hold relative depth; add 'depth_scale' (metres per "
-                         "unit) or leave the depth out")
+            raise BadRow(f"{row['source']}: field 'depth': 8-bit pictures hold relative depth; add 'depth_scale' "
+                         "(metres per unit) or leave the depth out")
         depth = np.asarray(image, np.float32) * row.get("depth_scale", 0.001)
         depth = np.where(depth > 0, depth, np.nan).astype(np.float32)
     if depth.shape != (height, width):
-        raise BadRow(f"{row['source']}: field 'depth': {depth.shape[-1]}x{depth.shape[0]} pixels, the image has {width}x{height}")
+        size = "x".join(map(str, depth.shape[::-1]))
+        raise BadRow(f"{row['source']}: field 'depth': {size} pixels, the image has {width}x{height}")
     return depth
 
 
@@ -165,7 +173,7 @@ def intrinsics_of(row, width, height):
         focal = width / 2 / math.tan(math.radians(DEFAULT_FOV / 2))
         return focal, focal, width / 2, height / 2
     if len(given) != 4 or not np.isfinite(given).all() or min(given[:2]) <= 0:
-        raise BadRow(f"{row['source']}: field 'intrinsics': needs [fx, fy, cx, cy] in pixels, finite, focal lengths above 0")
+        raise BadRow(f"{row['source']}: field 'intrinsics': needs [fx, fy, cx, cy], pixels, finite, focal lengths > 0")
     return tuple(map(float, given))
 
 
@@ -177,8 +185,10 @@ def region_masks(row, width, height):
         raise BadRow(f"{row['source']}: field 'bbox': {len(boxes)} boxes for {count} <mask> in the question")
     masks = torch.zeros(len(boxes), height, width)
     for mask, box in zip(masks, boxes):
-        if len(box) != 4 or not np.isfinite(box).all() or not (-1 <= box[0] < box[2] <= width + 1 and -1 <= box[1] < box[3] <= height + 1):
-            raise BadRow(f"{row['source']}: field 'bbox': {box} is empty or outside the image ({width}x{height}); needs x1,y1,x2,y2")
+        inside = len(box) == 4 and -1 <= box[0] < box[2] <= width + 1 and -1 <= box[1] < box[3] <= height + 1
+        if not inside:                                      # NaN fails every comparison
+            raise BadRow(f"{row['source']}: field 'bbox': {box} is empty or outside the image ({width}x{height}); "
+                         "needs x1,y1,x2,y2")
         x1, y1, x2, y2 = max(0, math.floor(box[0])), max(0, math.floor(box[1])), math.ceil(box[2]), math.ceil(box[3])
         mask[min(y1, height - 1):max(y2, y1 + 1), min(x1, width - 1):max(x2, x1 + 1)] = 1
     return masks
@@ -190,8 +200,9 @@ def draw_marks(image, row):
     pen = ImageDraw.Draw(image)
     for color, rgb in MARK_COLORS.items():
         for x1, y1, x2, y2 in row.get(f"{color}_bbox", []):
-            corners = [x1 * w / 1000, y1 * h / 1000, x2 * w / 1000 - 1, y2 * h / 1000 - 1]
-            pen.rectangle([min(corners[0], corners[2]), min(corners[1], corners[3]), *corners[2:]], outline=rgb, width=max(1, round(w / 200)))
+            right, bottom = x2 * w / 1000 - 1, y2 * h / 1000 - 1
+            corners = [min(x1 * w / 1000, right), min(y1 * h / 1000, bottom), right, bottom]
+            pen.rectangle(corners, outline=rgb, width=max(1, round(w / 200)))
         for x, y in row.get(f"{color}_point", []):
             r = max(1, w / 50)
             pen.ellipse([x * w / 1000 - r, y * h / 1000 - r, x * w / 1000 + r, y * h / 1000 + r], fill=rgb)
@@ -203,7 +214,7 @@ def draw_marks(image, row):
 
 
 def encode(row, tokenizer, processor, train):
-    """One instance -> dict of tensors. train: with its target, and the plain question where the target has no <answer>."""
+    """One instance -> dict of tensors. train: with its target, and without a template where that has no <answer>."""
     image = open_image(row)
     width, height = image.size
     question, target = question_of(row), turns(row)[1]
@@ -237,7 +248,8 @@ def patch_points(depth, intrinsics, grid, merge):
 def collate(samples, tokenizer):
     """-> batch: prompts left-padded when there is no target (rollout), prompt + target right-padded otherwise (SFT).
 
-    input_ids, attention_mask, mm_token_type_ids (1 = image token), loss_mask (1 = target, up to and with end of turn): (B, L).
+    All (B, L): input_ids, attention_mask, mm_token_type_ids (1 = image token), loss_mask (1 = target, up to and with
+    its end of turn).
     """
     rows = [s["prompt"] + s["target"] for s in samples]
     length, left = max(map(len, rows)), not samples[0]["target"]
@@ -269,6 +281,54 @@ def cached_scene(seed, size):
     return make_scene(seed, size)
 
 
+def check_row(row):
+    """Raise BadRow if the row cannot be used; reads its pictures."""
+    width, height = open_image(row).size
+    for part in (region_masks, open_depth, intrinsics_of):
+        part(row, width, height)
+    answer, centers = answer_of(row), centers_of(row)
+    try:
+        total_reward("", answer, path_of(row), centers, question=question_of(row))
+    except ValueError as error:                             # wrong ground truth
+        raise BadRow(f"{row['source']}: field {error}") from None
+
+
+def file_source(spec, skip_bad_rows=False):
+    """"FILE" or "FILE*weight" (JSON instances), all rows checked -> (name, rows, weight)."""
+    path, _, weight = spec.partition("*")
+    try:
+        weight = float(weight or 1)
+    except ValueError:
+        raise BadRow(f"--data {spec}: needs FILE or FILE*weight, weight a number") from None
+    good, bad = [], []
+    for row in load_instances(path):
+        try:
+            check_row(row)
+            good.append(row)
+        except BadRow as error:
+            if not skip_bad_rows:
+                raise BadRow(f"{error} (--skip_bad_rows leaves such rows out)") from None
+            bad.append(str(error))
+    for line in bad[:20]:
+        print(f"skipped: {line}", flush=True)
+    if bad:
+        print(f"{path}: {len(bad)} of {len(good) + len(bad)} rows skipped", flush=True)
+    if not good or not weight > 0:
+        raise BadRow(f"--data {spec}: no usable row, or a weight of 0")
+    return os.path.basename(path), good, weight
+
+
+def scenes_source(path):
+    """The questions of both paths about every scene of a scenes.jsonl -> (name, rows, weight)."""
+    try:
+        rows = [row for scene in load_scenes(path) for row in questions.questions(scene, 0)]
+    except ValueError as error:
+        raise BadRow(str(error)) from None
+    if not rows:
+        raise BadRow(f"--scenes {path}: no scene has an annotated object to ask about")
+    return os.path.basename(path), rows, 1.0
+
+
 class World:
     """The embedded world as a list of instances of one kind: "lor", "dtr", or "grounding" (see questions.py).
 
@@ -284,11 +344,11 @@ class World:
 
     def __getitem__(self, index):
         k, place = divmod(index % len(self), self.scenes)
-        for turn in range(self.scenes * len(self.tasks)):   # a scene may not allow a question: its other ones, the next scene
+        for turn in range(self.scenes * len(self.tasks)):   # where a scene does not allow a question, try the next
             scene = cached_scene(self.first + (place + turn // len(self.tasks)) % self.scenes, self.size)
             rows = self.ask(scene, k, self.tasks[(place + k + turn) % len(self.tasks)])
             if rows:
-                return rows[k % len(rows)]
+                return rows[(place + k) % len(rows)]
         raise ValueError(f"no scene allows a question of {self.tasks}")
 
     def ask(self, scene, k, task):
@@ -297,18 +357,25 @@ class World:
         return [r for r in questions.questions(scene, k, self.sensor, [task]) if path_of(r) == self.kind]
 
 
+def perception_blend(scenes, first, size):
+    """Short questions without reasoning: what a stock VLM knows already. 3D centres are the depth sensor's own."""
+    parts = [("center", 5), ("region_qa", 2), ("mark_qa", 4), ("listing", 4), ("ground2d", 1), ("vqa", 3)]
+    return [(task, World("grounding", [task], first, scenes, per, size, sensor=True), 1.0) for task, per in parts]
+
+
 def cold_start_blend(scenes, first, size):
-    """The cold-start mixture over a fixed set of scenes, whose centres are what a sensor sees: [(name, rows, weight)]."""
+    """The cold-start mixture over a fixed set of scenes, centres as a sensor sees them: [(name, rows, weight), ...]."""
     region, general = questions.REGION, questions.GENERAL
-    parts = [("lor_region", "lor", region, 6), ("lor_general", "lor", general, 5), ("dtr_region", "dtr", region, 6),
-             ("dtr_general", "dtr", general, 2), ("center", "grounding", ["center"], 4), ("box3d", "grounding", ["box3d"], 1),
-             ("ground2d", "grounding", ["ground2d"], 1), ("region_qa", "grounding", ["region_qa"], 2),
-             ("vqa", "grounding", ["vqa"], 4), ("options", "grounding", ["options"], 2)]
+    parts = [("lor_region", "lor", region, 6), ("lor_general", "lor", general, 5), ("dtr_region", "dtr", region, 8),
+             ("dtr_general", "dtr", general, 1), ("center", "grounding", ["center"], 2),
+             ("box3d", "grounding", ["box3d"], 1), ("ground2d", "grounding", ["ground2d"], 1),
+             ("region_qa", "grounding", ["region_qa"], 1), ("mark_qa", "grounding", ["mark_qa"], 2),
+             ("listing", "grounding", ["listing"], 2), ("vqa", "grounding", ["vqa"], 2)]
     return [(name, World(kind, tasks, first, scenes, per, size, sensor=True), 1.0) for name, kind, tasks, per in parts]
 
 
 def rl_blend(count, first, size):
-    """Fresh questions with exact answers for GRPO, none twice; the DTR path is asked about regions, as in the paper's data."""
+    """Fresh questions with exact answers for GRPO, none twice; DTR is asked about regions, as in the paper's data."""
     region, general = questions.REGION, questions.GENERAL
     parts = [("lor_region", "lor", region, 3), ("lor_general", "lor", general, 2), ("dtr_region", "dtr", region, 5)]
     return [(name, World(kind, tasks, first + 10**6 * i, count * share, 1, size), 1.0)

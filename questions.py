@@ -1,11 +1,11 @@
 """Questions about a scene, their exact answers, and a chain of thought for each path, all made from the annotation.
 
-One question becomes two instances (data.py reads the format): LOR reasons in words without coordinates, DTR first writes the
-3D centres of the objects and then computes with the coordinates as written. Six region-metric families ask about marked
-objects, five general ones about the whole image; the grounding families have no chain of thought.
+One question becomes two instances (data.py reads the format): LOR reasons in words without coordinates, DTR first
+writes the 3D centres of the objects and then computes with the coordinates as written. Six region-metric families ask
+about marked objects, five general ones about the whole image; the grounding families have no chain of thought.
 
-The paper has its traces written by an expert model and does not check them. Here they follow from the annotation, so each
-ends in its own answer and its arithmetic is right as written.
+The paper has its traces written by an expert model and does not check them. Here they follow from the annotation, so
+each ends in its own answer and its arithmetic is right as written.
 """
 from dataclasses import dataclass
 from zlib import crc32
@@ -19,12 +19,12 @@ from scenes import COLORS, SHAPES as PRIMITIVES
 # questions: what can be asked of a scene, with exact answers and a chain of thought for each path
 #
 # A family is a function (rng, objects) -> Ask or None (None: this scene has no such question). Lengths in a trace are
-# whole tenths of a metre (integers), so that its arithmetic is exact as written and no number needs more than one decimal.
+# whole tenths of a metre (integers), so that its arithmetic is exact as written and one decimal is enough.
 
 SHAPES = list(PRIMITIVES)
 MARKS = ["red bbox", "blue bbox", "green bbox"]             # in the order in which a question uses them
 MARGIN = 0.3                                                # metres; nearer ties are not asked about
-AXES = [("to the left of", "to the right of"), ("above", "below"), ("in front of", "behind")]      # smaller, larger x y z
+AXES = [("to the left of", "to the right of"), ("above", "below"), ("in front of", "behind")]    # smaller, larger
 
 
 @dataclass
@@ -34,7 +34,6 @@ class Ask:
     marked: list                # objects that carry MARKS[0], MARKS[1], ..; empty for a question about the whole image
     words: str                  # LOR: reasoning without coordinates
     solve: object = None        # DTR: (tenths of the centres, one xyz a marked object) -> (derivation, answer) or None
-    options: tuple = ()         # of a multiple-choice question, in the order shown
 
 
 def tenths(point):
@@ -54,10 +53,10 @@ def letter(options, choice):
     return "ABCDEF"[options.index(choice)]
 
 
-def choices(rng, *options):
-    """Shuffled options and the text that shows them."""
-    order = tuple(options[i] for i in rng.permutation(len(options)))
-    return order, " " + " ".join(f"{letter(order, o)}. {o}" for o in order)
+def show(options):
+    """Options in a fixed order, so that a letter means one thing in a family: to look letters up among shuffled options
+    is a skill of its own, which costs a model of 1 M parameters more than the geometry."""
+    return " " + " ".join(f"{letter(options, o)}. {o}" for o in options)
 
 
 def pick(words, limits, value):
@@ -118,7 +117,7 @@ def ask_nearer(rng, objects):
     gaps = [float(np.linalg.norm(a["center"] - o["center"])) for o in (b, c)]
     if abs(gaps[0] - gaps[1]) < MARGIN:
         return None
-    options, shown = choices(rng, MARKS[1], MARKS[2])
+    options = MARKS[1:]
     best = MARKS[1 + int(gaps[1] < gaps[0])]
 
     def solve(p):
@@ -129,8 +128,8 @@ def ask_nearer(rng, objects):
         return f"blue:{one}\ngreen:{two}\n{win} is nearer.", letter(options, win)
 
     words = " ".join(place(o, m) for o, m in zip((a, b, c), MARKS))
-    return Ask("Which is nearer to the red bbox?" + shown, letter(options, best), [a, b, c],
-               f"{words} {best} is nearer.", solve, options)
+    return Ask("Which is nearer to the red bbox?" + show(options), letter(options, best), [a, b, c],
+               f"{words} {best} is nearer.", solve)
 
 
 def ask_axis(rng, objects):
@@ -138,7 +137,7 @@ def ask_axis(rng, objects):
     axis = int(rng.integers(3))
     if abs(a["center"][axis] - b["center"][axis]) < MARGIN:
         return None
-    options, shown = choices(rng, *AXES[axis])
+    options = AXES[axis]
     best = AXES[axis][int(a["center"][axis] > b["center"][axis])]
 
     def solve(c):
@@ -148,8 +147,8 @@ def ask_axis(rng, objects):
         side = AXES[axis][int(p > q)]
         return f"{'xyz'[axis]}:{meters(p)}{'<>'[p > q]}{meters(q)}, {side}.", letter(options, side)
 
-    return Ask("Where is the red bbox relative to the blue bbox?" + shown, letter(options, best), [a, b],
-               f"{place(a, MARKS[0])} {place(b, MARKS[1])} The red bbox is {best} it.", solve, options)
+    return Ask("Where is the red bbox relative to the blue bbox?" + show(options), letter(options, best), [a, b],
+               f"{place(a, MARKS[0])} {place(b, MARKS[1])} The red bbox is {best} it.", solve)
 
 
 def ask_closer(rng, objects):
@@ -157,7 +156,7 @@ def ask_closer(rng, objects):
     if abs(a["center"][2] - b["center"][2]) < MARGIN:
         return None
     far = bool(rng.integers(2))
-    options, shown = choices(rng, MARKS[0], MARKS[1])
+    options = MARKS[:2]
     best = MARKS[int((a["center"][2] > b["center"][2]) != far)]
 
     def solve(c):
@@ -167,8 +166,8 @@ def ask_closer(rng, objects):
         win = MARKS[int((p > q) != far)]
         return f"z:{meters(p)}{'<>'[p > q]}{meters(q)}, {win}.", letter(options, win)
 
-    return Ask(f"Which is {'farther from' if far else 'closer to'} the camera?" + shown, letter(options, best), [a, b],
-               f"{place(a, MARKS[0])} {place(b, MARKS[1])} {best} is {'farther' if far else 'closer'}.", solve, options)
+    return Ask(f"Which is {'farther from' if far else 'closer to'} the camera?" + show(options), letter(options, best), [a, b],
+               f"{place(a, MARKS[0])} {place(b, MARKS[1])} {best} is {'farther' if far else 'closer'}.", solve)
 
 
 def listing(objects):
@@ -186,10 +185,10 @@ def ask_exist(rng, objects):
     unseen = sorted(set(COLORS) - set(seen))
     there = bool(rng.integers(2)) or not unseen
     color = str(rng.choice(seen if there else unseen))
-    options, shown = choices(rng, "yes", "no")
+    options = ["yes", "no"]
     verdict = "yes" if there else "no"
-    return Ask(f"Is there a {color} object?" + shown, letter(options, verdict), [],
-               f"A {color} object: {verdict}.", None, options)
+    return Ask(f"Is there a {color} object?" + show(options), letter(options, verdict), [],
+               f"A {color} object: {verdict}.")
 
 
 def ask_color(rng, objects):
@@ -197,10 +196,9 @@ def ask_color(rng, objects):
     if not alone:
         return None
     a = rng.choice(alone)
-    others = rng.choice([c for c in sorted(COLORS) if c != a["color"]], 2, replace=False)
-    options, shown = choices(rng, a["color"], *map(str, others))
-    return Ask(f"What color is the {a['label']}?" + shown, letter(options, a["color"]), [],
-               f"The {a['label']} is {a['color']}.", None, options)
+    options = list(COLORS)
+    return Ask(f"What color is the {a['label']}?" + show(options), letter(options, a["color"]), [],
+               f"The {a['label']} is {a['color']}.")
 
 
 def ask_shape(rng, objects):
@@ -208,25 +206,24 @@ def ask_shape(rng, objects):
     if not alone:
         return None
     a = rng.choice(alone)
-    options, shown = choices(rng, *SHAPES)
-    return Ask(f"What shape is the {a['color']} object?" + shown, letter(options, a["label"]), [],
-               f"The {a['color']} object is a {a['label']}.", None, options)
+    return Ask(f"What shape is the {a['color']} object?" + show(SHAPES), letter(SHAPES, a["label"]), [],
+               f"The {a['color']} object is a {a['label']}.")
 
 
 def ask_more(rng, objects):
-    one, two = (str(s) for s in rng.choice(SHAPES, 2, replace=False))
-    m, n = (sum(o["label"] == s for o in objects) for s in (one, two))
-    if m == n:
+    counts = [sum(o["label"] == shape for o in objects) for shape in SHAPES]
+    if counts.count(max(counts)) > 1:
         return None
-    options, shown = choices(rng, f"{one}s", f"{two}s")
-    best = f"{one if m > n else two}s"
-    return Ask("Which are there more of?" + shown, letter(options, best), [],
-               f"{one}s {m}, {two}s {n}: more {best}.", None, options)
+    options = [f"{shape}s" for shape in SHAPES]
+    best = options[int(np.argmax(counts))]
+    words = ", ".join(f"{o} {n}" for o, n in zip(options, counts))
+    return Ask("Which are there most of?" + show(options), letter(options, best), [], f"{words}: {best}.")
 
 
 REGION = {"depth": ask_depth, "move": ask_move, "distance": ask_distance, "nearer": ask_nearer, "axis": ask_axis,
           "closer": ask_closer}
 GENERAL = {"count": ask_count, "exist": ask_exist, "color": ask_color, "shape": ask_shape, "more": ask_more}
+NEEDS = {"distance": 2, "nearer": 3, "axis": 2, "closer": 2}                                 # objects; the others 1
 
 
 def box_line(point, label):
@@ -286,7 +283,9 @@ def questions(scene, seed, sensor=False, tasks=None):
     """
     rows, objects = [], annotated(scene, sensor)
     for index, (task, family) in enumerate({**REGION, **GENERAL}.items()):
-        if (tasks and task not in tasks) or len(objects) < 3 or (task in GENERAL and not all(o["color"] for o in objects)):
+        if tasks and task not in tasks or len(objects) < NEEDS.get(task, 1):
+            continue
+        if task in GENERAL and not all(o["color"] for o in objects):                         # real pictures
             continue
         ask = family(stream(scene, seed, index), objects)
         solved = ask and (ask.solve(tenths_of(ask.marked)) if ask.solve else (ask.words, ask.answer))
@@ -316,27 +315,31 @@ def rounded(answer):
 
 
 def grounding(scene, seed, sensor=False):
-    """-> instances without a chain of thought: region -> 3D centre, region -> 3D box, 2D grounding, region QA, VQA."""
+    """-> instances without a chain of thought: regions -> 3D centres or box, 2D grounding, region QA, VQA."""
     rows, objects = [], annotated(scene, sensor)
+    if not objects:
+        return rows
     rng = stream(scene, seed, 99)
-    for obj in rng.permutation(objects)[:2]:
-        line = box_line(tenths(obj["center"]), f"{name(obj)} ({MARKS[0]})")
-        rows.append(instance(scene, "center", "center", "Give the 3D center of the red bbox.", line, [obj], bbox=[]))
-        size = ",".join(meters(v) for v in tenths(obj["size"]))
-        angles = ",".join(str(v) for v in euler(obj["rotation"]))
-        rows.append(instance(scene, "box3d", "box3d", "Give the 3D box of the red bbox.",
-                             line.replace('">', f'" size="{size}" angles="{angles}">'), [obj], bbox=[]))
-        rows.append(instance(scene, "caption", "region_qa", "What is in the red bbox?", name(obj), [obj], bbox=[]))
+    marked = list(rng.permutation(objects)[:rng.choice([1, 1, 1, 2, 3])])
+    marks = ", ".join(MARKS[:len(marked)])
+    lines = [box_line(tenths(o["center"]), f"{name(o)} ({mark})") for o, mark in zip(marked, MARKS)]
+    names = ", ".join(map(name, marked))
+    rows.append(instance(scene, "center", "center", f"Give the 3D center: {marks}.", "\n".join(lines), marked, bbox=[]))
+    rows.append(instance(scene, "region", "region_qa", f"What is in the region: {marks}?", names, marked, bbox=[]))
+    seen = " ".join(place(o, mark) for o, mark in zip(marked, MARKS))
+    rows.append(instance(scene, "mark", "mark_qa", f"What is in the region: {marks}?", seen, marked))
+    size = ",".join(meters(v) for v in tenths(marked[0]["size"]))
+    angles = ",".join(str(v) for v in euler(marked[0]["rotation"]))
+    rows.append(instance(scene, "box3d", "box3d", f"Give the 3D box: {MARKS[0]}.",
+                         lines[0].replace('">', f'" size="{size}" angles="{angles}">'), marked[:1], bbox=[]))
+    for obj in marked:
         if sum(name(o) == name(obj) for o in objects) == 1:
             box = ",".join(map(str, thousandths(obj["box"], scene.image)))
             rows.append(instance(scene, "box2d", "ground2d", f"Where is the {name(obj)}?", box))
-    for index, (task, family) in enumerate(GENERAL.items()):
-        ask = all(o["color"] for o in objects) and family(stream(scene, seed, 50 + index), objects)
-        if ask:
-            rows.append(instance(scene, task, "vqa", ask.text, ask.answer))
-    words = [str(w) for w in rng.choice([*COLORS, *SHAPES, *MARKS, *sum(AXES, ())], 3, replace=False)]
-    options, shown = choices(rng, *words)
-    rows.append(instance(scene, "letter", "options", f"Which option is {words[0]}?{shown}", letter(options, words[0])))
+    if all(o["color"] for o in objects):
+        rows.append(instance(scene, "listing", "listing", "What is in the image?", listing(objects)))
+        asks = [family(stream(scene, seed, 50 + index), objects) for index, family in enumerate(GENERAL.values())]
+        rows += [instance(scene, task, "vqa", ask.text, ask.answer) for task, ask in zip(GENERAL, asks) if ask]
     return rows
 
 

@@ -116,7 +116,16 @@ def draw(obj, rays, intrinsics, light, color):
     u, v = project(corners(obj), intrinsics)
     window = tuple(slice(max(int(p.min()), 0), int(p.max()) + 1) for p in (v, u))   # it shows nowhere else
     depth, normals = cast(obj, rays[window])                # rays have z = 1: the multiple is the depth
-    return window, depth, (0.7 + 0.3 * normals @ light)[..., None] * color   # no max(0, cos): unlit faces differ too
+    paint = np.where(dark_paint(obj, rays[window], depth), 0.3, 1.0)
+    return window, depth, (paint * (0.7 + 0.3 * normals @ light))[..., None] * color   # no max(0, cos): unlit differ too
+
+
+def dark_paint(obj, rays, depth):
+    """Where an object is painted dark: a cube's edges, a cylinder's belt, nowhere on a sphere. Shape at a glance."""
+    hit = np.where(np.isfinite(depth), depth, 0)[..., None] * rays
+    place = np.sort(np.abs((hit - obj["center"]) @ obj["rotation"]) / (obj["size"] / 2))     # 1 = on a face
+    belt = np.abs((hit - obj["center"]) @ obj["rotation"][:, 1]) < 0.2 * obj["size"][1]
+    return {"cube": place[..., 1] > 0.7, "cylinder": belt, "sphere": np.zeros(depth.shape, bool)}[obj["label"]]
 
 
 def background(rng, rays, height, level):
