@@ -1,10 +1,10 @@
 """The region-token model: stock Qwen3-VL + 3D position embedding + region tokens; sampling and scoring of responses.
 
-    depth -> point map -> sin/cos of xyz, averaged over each patch -> MLP -> + vision features        (3D position embedding)
-    region mask -> mask-weighted mean of those features -> Linear -> embedding of a `<mask>` token     (region token)
+    depth -> point map -> sin/cos of xyz, averaged over each patch -> MLP -> + vision features (3D position embedding)
+    region mask -> mask-weighted mean of those features -> Linear -> embedding of a `<mask>` token (region token)
 
 Differences from the paper's release (method: SR-REAL, arXiv 2606.17539):
-1. True unprojection with intrinsics, in metres; no depth = no embedding. (There: a per-image relative depth, no intrinsics.)
+1. True unprojection with intrinsics, in metres; no depth = no embedding. (There: relative depth, no intrinsics.)
 2. Region masks are area-averaged onto the patch grid, so a thin mask keeps its weight. (There: it can vanish.)
 3. A prompt is computed once for its whole group of responses, in `rollout` and in `token_logprobs`.
 
@@ -18,7 +18,8 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-BANDS = 8                                                   # sin, cos of 2^k x for k = 0..7, x in metres
+UNIT = 4.0                                                  # metres: brings rooms to the paper's range, about -1 to 1
+BANDS = 8                                                   # sin, cos of 2^k x, k = 0..7: wavelengths 25 m to 0.2 m
 POINT_DIM = 3 * (1 + 2 * BANDS)                             # x itself, sines, cosines, for each of the 3 coordinates
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -38,13 +39,14 @@ def point_map(depth, intrinsics):
 
 
 def encode_points(xyz):
-    """[x, sin(2^k x), cos(2^k x)] of each coordinate: (3, H, W) -> (POINT_DIM, H, W). NaN stays NaN."""
+    """[x, sin(2^k x), cos(2^k x)] of each coordinate, x in UNITs: (3, H, W) -> (POINT_DIM, H, W). NaN stays NaN."""
+    xyz = xyz / UNIT
     angle = xyz[:, None] * 2.0 ** torch.arange(BANDS).view(1, -1, 1, 1)                      # (3, BANDS, H, W)
     return torch.cat([xyz[:, None], angle.sin(), angle.cos()], 1).flatten(0, 1)
 
 
 def to_patches(maps, grid, merge):
-    """Area-average pixel maps onto the vision patches, in the order in which Qwen3-VL takes them (merge x merge blocks).
+    """Area-average pixel maps onto the vision patches, in the order of Qwen3-VL (merge x merge blocks).
 
     maps (C, H, W), NaN = no value there (left out of the mean); grid (rows, columns) of patches -> (P, C), NaN where a
     patch holds no value at all. Encode first and average then: averaging xyz first triples the error of the centres.
@@ -72,7 +74,8 @@ class PointEmbedding(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.fc1, self.norm, self.fc2 = nn.Linear(POINT_DIM, width), nn.LayerNorm(width), nn.Linear(width, width)
+        hidden = 3 * width
+        self.fc1, self.norm, self.fc2 = nn.Linear(POINT_DIM, hidden), nn.LayerNorm(hidden), nn.Linear(hidden, width)
         self.fc2.zero_init = True                           # training starts from the stock model's features
 
     def forward(self, points):
@@ -103,12 +106,13 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
         points (P, POINT_DIM) over the patches of all images; regions (R, P), one row per `<mask>` in text order.
         -> {"merged": one (tokens, D) an image, "deepstack": one such list a level, "regions": (R, D) or None}
         """
-        vision = self.model.visual(pixel_values.type(self.model.visual.dtype), grid_thw=image_grid_thw, return_dict=True)
+        tower = self.model.visual
+        vision = tower(pixel_values.type(tower.dtype), grid_thw=image_grid_thw, return_dict=True)
         features, merged = vision.last_hidden_state, vision.pooler_output                    # (P, vision width)
         if points is not None:
             features = features + self.point_embed(points)
-            merged = self.model.visual.merger(features)
-        sizes = (image_grid_thw.prod(-1) // self.model.visual.spatial_merge_unit).tolist()
+            merged = tower.merger(features)
+        sizes = (image_grid_thw.prod(-1) // tower.spatial_merge_unit).tolist()
         tokens = None if regions is None else self.region_proj(regions.to(features.dtype) @ features)
         return {"merged": list(merged.split(sizes)), "regions": tokens,
                 "deepstack": [list(level.split(sizes)) for level in vision.deepstack_features]}
@@ -147,7 +151,7 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
 
 
 def fill(embeds, here, features, what):
-    """Put features (N, D) where `here` (B, L) is 1, in order. masked_scatter itself says nothing when N is too large."""
+    """Put features (N, D) where `here` (B, L) is 1, in order. masked_scatter alone says nothing when N is too large."""
     if int(here.sum()) != len(features):
         raise ValueError(f"{int(here.sum())} {what} in the text but {len(features)} features for them")
     return embeds.masked_scatter(here[..., None], features.to(embeds.dtype))
@@ -190,11 +194,12 @@ class BranchKV(DynamicLayer):
 
 
 class DecodeKV(DynamicLayer):
-    """A prompt's keys and values for its G responses, with room for new tokens: written in place, never concatenated."""
+    """A prompt's keys and values for its G responses, with room for new tokens, which are written in place."""
 
     def __init__(self, prompt, group, room):
         super().__init__()
-        self.slabs = [nn.functional.pad(kv.repeat_interleave(group, 0), (0, 0, 0, room)) for kv in (prompt.keys, prompt.values)]
+        self.slabs = [nn.functional.pad(kv.repeat_interleave(group, 0), (0, 0, 0, room))
+                      for kv in (prompt.keys, prompt.values)]
         self.length, self.is_initialized = prompt.keys.shape[2], True
         self.expose()
 
@@ -214,12 +219,13 @@ class DecodeKV(DynamicLayer):
 
 
 def forward_prompts(model, prompts, features):
-    """Prompts once -> (their keys and values per layer, logits (B, 1, V) after the last token, next positions (B, 1))."""
+    """Prompts once -> (keys and values per layer, logits (B, 1, V) after the last token, next positions (B, 1))."""
     layers = model.model.language_model.layers
     for layer in layers:                                    # else checkpointing layers silently drop the cache
         layer._can_checkpoint_with_cache = True
     cache = Cache(layers=[PromptKV() for _ in layers])
-    positions, after = model.positions(*(prompts[k] for k in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")))
+    positions, after = model.positions(prompts["input_ids"], prompts["attention_mask"], prompts["mm_token_type_ids"],
+                                       prompts["image_grid_thw"])
     images = {} if features else {k: prompts[k] for k in ("pixel_values", "image_grid_thw", "points", "regions")}
     out = model(prompts["input_ids"], prompts["attention_mask"], positions, past_key_values=cache, features=features,
                 logits_to_keep=1, **images)
@@ -231,7 +237,7 @@ def forward_prompts(model, prompts, features):
 
 
 def allowed_logits(logits, banned, temperature):
-    """float32 logits / temperature with `banned` token ids at -inf: the one distribution that is sampled *and* scored."""
+    """float32 logits / temperature, `banned` token ids at -inf: the one distribution that is sampled *and* scored."""
     logits = logits.float() if logits.dtype != torch.float64 else logits
     return (logits / temperature).index_fill(-1, banned, -math.inf)
 
@@ -257,17 +263,21 @@ def rollout(model, prompts, group, max_new_tokens, stop_ids, banned, temperature
     seen = nn.functional.pad(seen, (0, max_new_tokens), value=1)
     for t in range(max_new_tokens):
         logits = allowed_logits(logits, banned, temperature or 1.0)
-        new = logits.argmax(-1) if temperature == 0 else torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        if temperature == 0:
+            new = logits.argmax(-1)
+        else:
+            new = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
         logprob = logits.gather(1, new[:, None])[:, 0] - logits.logsumexp(1)
         tokens[rows[alive], t], mask[rows[alive], t], logprobs[rows[alive], t] = new[alive], 1, logprob[alive].float()
         alive = alive & ~torch.isin(new, stop_ids)
         if t + 1 == max_new_tokens or not alive.any():
             break
-        if alive.float().mean() < 0.8:                      # finished rows cost as much as others: drop them, not too often
+        if alive.float().mean() < 0.8:                      # finished rows cost as much as others; dropping copies
             for layer in cache.layers:
                 layer.keep_rows(alive)
             rows, new, position, seen, alive = (x[alive] for x in (rows, new, position, seen, alive))
-        out = model(new[:, None], seen[:, :cache.get_seq_length() + 1], position.expand(3, -1, -1), past_key_values=cache)
+        past = seen[:, :cache.get_seq_length() + 1]
+        out = model(new[:, None], past, position.expand(3, -1, -1), past_key_values=cache)
         logits, position = out.logits[:, -1], position + 1
     length = int(mask.sum(1).max())
     return tokens[:, :length], mask[:, :length], logprobs[:, :length], features

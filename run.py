@@ -1,7 +1,7 @@
 """Around every stage: settings from the command line, processes and devices, sharding, models on disk.
 
-One code path for `python sft.py`, `torchrun --nproc_per_node 8 sft.py` and several nodes: FSDP2 on a mesh of all ranks, also of
-one; gloo on CPU, NCCL on CUDA; float32 weights, bf16 compute on CUDA, float32 reduction of gradients.
+One code path for `python sft.py`, `torchrun --nproc_per_node 8 sft.py` and several nodes: FSDP2 on a mesh of all
+ranks, also of one; gloo on CPU, NCCL on CUDA; float32 weights, bf16 compute on CUDA, float32 reduction of gradients.
 """
 import argparse
 import contextlib
@@ -54,7 +54,7 @@ def main(function):
     """Run a stage; a mistake of the user ends in one line on standard error and exit code 2."""
     try:
         function()
-    except (UserError, data.BadRow) as error:
+    except (UserError, data.BadRow) as error:              # every rank prints: the fault may be one rank's alone
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     finally:
@@ -125,7 +125,7 @@ def gather(rows):
 
 
 def shard(model, device, checkpointing=False):
-    """FSDP2 over all ranks. Small layers stay in the root's unit: a collective a layer only pays when layers are large."""
+    """FSDP2 over all ranks. Small layers stay in the root's unit: a collective each pays only when layers are large."""
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     mesh = init_device_mesh(device.type, (world(),))
@@ -154,11 +154,24 @@ def gathered(model):
 # ---------------------------------------------------------------------------------------------------------------------
 # models
 
-SIZES = {  # embedded default models: picture side, patch, vision (width, layers, MLP), text (width, layers, MLP, heads)
-    "tiny": dict(image=96, patch=8, merge=3, vision=(64, 3, 160, 2), text=(128, 3, 352, 4)),
-    "small": dict(image=128, patch=8, merge=2, vision=(256, 6, 768, 4), text=(384, 8, 1024, 6)),
-    "base": dict(image=224, patch=14, merge=2, vision=(512, 8, 1536, 8), text=(768, 12, 2048, 12)),
+# The embedded default models: picture side, patch, merge; vision and text (width, layers, MLP, heads); and what goes
+# with them unless a flag says otherwise: rows and learning rate of an SFT step, prompts of a GRPO step.
+SIZES = {
+    "tiny": dict(image=96, patch=8, merge=2, vision=(64, 3, 160, 2), text=(128, 3, 352, 4),
+                 batch=64, sft_lr=2e-3, prompts=48),
+    "small": dict(image=128, patch=8, merge=2, vision=(256, 6, 768, 4), text=(384, 8, 1024, 6),
+                  batch=128, sft_lr=6e-4, prompts=128),
+    "base": dict(image=224, patch=14, merge=2, vision=(512, 8, 1536, 8), text=(768, 12, 2048, 12),
+                 batch=256, sft_lr=3e-4, prompts=256),
 }
+
+
+def by_size(settings, **names):
+    """Fill settings that are 0 with what goes with --size: by_size(settings, lr="sft_lr")."""
+    if settings.size not in SIZES:
+        raise UserError(f"--size {settings.size}: needs one of {', '.join(SIZES)}")
+    for field, name in names.items():
+        setattr(settings, field, getattr(settings, field) or SIZES[settings.size][name])
 
 
 def new_model(size, seed):
@@ -169,44 +182,59 @@ def new_model(size, seed):
     ids = tokenizer.convert_tokens_to_ids
     vision, text = plan["vision"], plan["text"]
     head = text[0] // text[3]
+    rope = dict(rope_type="default", rope_theta=1e4, mrope_interleaved=True,
+                mrope_section=[head // 2 - 2 * (head // 6), head // 6, head // 6])
     config = Qwen3VLConfig(
-        vision_config=dict(hidden_size=vision[0], depth=vision[1], intermediate_size=vision[2], num_heads=vision[3], patch_size=plan["patch"],
-                           spatial_merge_size=plan["merge"],
-                           temporal_patch_size=1, out_hidden_size=text[0], deepstack_visual_indexes=[],
-                           num_position_embeddings=(plan["image"] // plan["patch"]) ** 2),
-        text_config=dict(hidden_size=text[0], num_hidden_layers=text[1], intermediate_size=text[2], num_attention_heads=text[3],
-                         num_key_value_heads=text[3] // 2, head_dim=head, vocab_size=len(tokenizer), max_position_embeddings=4096,
-                         tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
-                         rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_interleaved=True,
-                                              mrope_section=[head // 2 - 2 * (head // 6), head // 6, head // 6])),
+        vision_config=dict(
+            hidden_size=vision[0], depth=vision[1], intermediate_size=vision[2], num_heads=vision[3],
+            patch_size=plan["patch"], spatial_merge_size=plan["merge"], temporal_patch_size=1, out_hidden_size=text[0],
+            deepstack_visual_indexes=[], num_position_embeddings=(plan["image"] // plan["patch"]) ** 2,
+            initializer_range=0.8 * vision[0] ** -0.5),     # the stock 0.02 suits widths of thousands
+        text_config=dict(
+            hidden_size=text[0], num_hidden_layers=text[1], intermediate_size=text[2], num_attention_heads=text[3],
+            num_key_value_heads=text[3] // 2, head_dim=head, vocab_size=len(tokenizer), max_position_embeddings=4096,
+            tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, rope_parameters=rope,
+            initializer_range=0.8 * text[0] ** -0.5),
         tie_word_embeddings=True, image_token_id=ids(data.IMAGE_PAD), video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids(data.IMAGE_START), vision_end_token_id=ids(data.IMAGE_END), region_token_id=ids(data.REGION))
+        vision_start_token_id=ids(data.IMAGE_START), vision_end_token_id=ids(data.IMAGE_END),
+        region_token_id=ids(data.REGION))
     torch.manual_seed(seed)
     model = RegionVLM(config)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids("<|im_end|>"), tokenizer.pad_token_id
+    torch.nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.1)
+    torch.nn.init.normal_(model.point_embed.fc2.weight, std=0.1)                             # no stock model to protect
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer, data.tiny_image_processor(plan["image"], plan["patch"], plan["merge"])
 
 
+def image_side(processor):
+    """Side, in pixels, of the pictures that the embedded world draws for a model."""
+    return min(224, round(processor.size["longest_edge"] ** 0.5))
+
+
 def load_model(name):
-    """A folder of this project or a stock Qwen3-VL (hub name or folder) -> model (float32), tokenizer, image processor."""
+    """A folder of this project or a stock Qwen3-VL (hub name or folder) -> model (float32), tokenizer, processor."""
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-        raise UserError(f"--model {name}: no config.json there; give a folder that sft.py or grpo.py has written, or a Qwen3-VL")
+        raise UserError(f"--model {name}: no config.json there; give a folder of sft.py or grpo.py, or a Qwen3-VL")
     try:
         config = AutoConfig.from_pretrained(name)
         if config.model_type != "qwen3_vl":
             raise UserError(f"--model {name}: a {config.model_type} model; only Qwen3-VL is supported")
         tokenizer, processor = AutoTokenizer.from_pretrained(name), Qwen2VLImageProcessorPil.from_pretrained(name)
         if not hasattr(config, "region_token_id"):          # a stock checkpoint: its embedding has spare rows
-            tokenizer.add_special_tokens({"additional_special_tokens": [data.REGION]}, replace_additional_special_tokens=False)
+            tokenizer.add_tokens([data.REGION], special_tokens=True)
             config.region_token_id = tokenizer.convert_tokens_to_ids(data.REGION)
-        model = RegionVLM.from_pretrained(name, config=config, dtype=torch.float32)
-    except OSError as error:
+        model, loaded = RegionVLM.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:    # not found, cut off, of other shapes
         raise UserError(f"--model {name}: {str(error).splitlines()[0]}") from None
+    missing = [key for key in loaded["missing_keys"] if not key.startswith(("point_embed", "region_proj"))]
+    if missing:
+        raise UserError(f"--model {name}: the weights lack {len(missing)} tensors, first {missing[0]}; file cut off?")
     return model, tokenizer, processor
 
 
 def save_model(model, tokenizer, processor, out):
-    """Whole weights in `out`, readable by from_pretrained. Written beside and renamed: a reader never sees half a model."""
+    """Whole weights in `out`, readable by from_pretrained. Written beside and renamed: nobody sees half a model."""
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank() == 0:
         partial = f"{out}.partial"

@@ -4,11 +4,12 @@
     torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data cot.json*2 grounding.json
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 sft.py ...
 
-Cross-entropy on the tokens of the target, up to and with the end of turn, as a mean over the target tokens of the *global*
-batch: the denominator is summed over ranks and micro-batches before the first backward.
+Cross-entropy on the tokens of the target, up to and with the end of turn, as a mean over the target tokens of the
+*global* batch: the denominator is summed over ranks and micro-batches before the first backward.
 
-Differences from the paper: rows are sorted by length into micro-batches, not packed; the embedded cold start is imperfect in
-the way that real ones are (few annotated scenes; centres as a depth sensor sees them, on the surface).
+Differences from the paper: rows are sorted by length into micro-batches, not packed. Without --model there is no
+pretrained VLM to start from, so a small new one first learns perception (short questions, no reasoning). The embedded
+cold start is imperfect in the way that real ones are: few annotated scenes; centres as a depth sensor sees them.
 """
 import math
 import os
@@ -28,21 +29,24 @@ from run import setting
 @dataclass
 class Settings:
     out: str = setting("out/sft", "folder for the model and metrics.jsonl")
-    model: str = setting("", "stock Qwen3-VL or a folder of this project; empty: a small new model (paper: NVILA-Lite-8B)")
-    size: str = setting("tiny", "size of a new model: tiny (1.4 M parameters), small, base")
+    model: str = setting("", "stock Qwen3-VL or a folder; empty: a small new model (paper: NVILA-Lite-8B)")
+    size: str = setting("tiny", "size of a new model: tiny (1.2 M parameters), small, base")
     data: list = setting([], "instance files, FILE or FILE*weight; empty: the embedded world")
     skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
-    scenes: int = setting(2000, "embedded world: number of annotated scenes (real traces are scarce too)")
+    scenes: str = setting("", "scenes.jsonl: train on traces made from these annotated pictures")
+    world_scenes: int = setting(2000, "embedded world: number of scenes")
+    traces: int = setting(600, "embedded world: scenes with annotated reasoning traces (real ones are scarce too)")
     seed: int = setting(0, "seed of weights, data order and sampling")
-    steps: int = setting(1600, "optimizer steps (paper: 2 epochs)")
-    batch: int = setting(64, "rows an optimizer step, all ranks together (paper: 512)")
+    pretrain: int = setting(700, "steps of perception for a new model, in place of a stock VLM's pretraining")
+    steps: int = setting(800, "optimizer steps of the cold start (paper: 2 epochs)")
+    batch: int = setting(0, "rows an optimizer step, all ranks together; 0: by --size, tiny 64 (paper: 512)")
     micro_tokens: int = setting(2048, "most tokens, with padding, of one forward pass on a rank; bounds memory")
-    lr: float = setting(2e-3, "peak learning rate, cosine to 0 after the warm-up (paper: 5e-6 on a pretrained model)")
+    lr: float = setting(0.0, "peak learning rate, cosine to 0; 0: by --size, tiny 2e-3 (paper: 5e-6, pretrained model)")
     warmup: float = setting(0.03, "share of the steps (paper: 0.03)")
     weight_decay: float = setting(0.0, "of AdamW (paper: 0)")
     beta2: float = setting(0.98, "of AdamW; short runs forget gradients sooner (paper: 0.999)")
     clip: float = setting(1.0, "largest gradient norm (paper: 1.0)")
-    checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); saves memory, costs a third")
+    checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); a third slower")
     workers: int = setting(0, "loader processes a rank")
 
 
@@ -75,63 +79,74 @@ def target_loss(model, batch):
     return F.cross_entropy(logits.float(), batch["input_ids"][:, 1:][is_target], reduction="sum")
 
 
-def learning_rate(settings, step):
-    warm = max(1, settings.warmup * settings.steps)
-    return settings.lr * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+def learning_rate(settings, step, steps):
+    warm = max(1, settings.warmup * steps)
+    return settings.lr * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def fit(settings, model, tokenizer, processor, sources, steps, device, log, title):
+    """Train a sharded model on a blend of sources for some steps; one cosine of the learning rate."""
+    blend, local = data.Blend(sources, settings.seed), settings.batch // run.world()
+    run.say(f"{title}: {steps} steps of {settings.batch} rows ({local} a rank) from {len(blend):,} rows: " +
+            ", ".join(f"{name} {count:,}" for (name, _, _), count in zip(sources, blend.counts)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, settings.beta2),
+                                  weight_decay=settings.weight_decay)
+    mine = [step * settings.batch + run.rank() * local + i for step in range(steps) for i in range(local)]
+    loader = DataLoader(Encoded(blend, tokenizer, processor), batch_size=local, sampler=mine, collate_fn=list,
+                        num_workers=settings.workers)
+    bar = tqdm(loader, desc=title, disable=run.rank() > 0, mininterval=2)
+    model.train()
+    for step, samples in enumerate(bar):
+        parts = micro_batches(samples, settings.micro_tokens)
+        batches = [data.to(data.collate(part, tokenizer), device) for part in parts]
+        tokens = run.total(sum(batch["loss_mask"].sum().item() for batch in batches))        # of the global batch
+        rounds = run.most(len(batches))                     # every rank runs as many passes: collectives stay in step
+        loss_sum = 0.0
+        for i in range(rounds):
+            model.set_requires_gradient_sync(i == rounds - 1)
+            loss = target_loss(model, batches[min(i, len(batches) - 1)]) * (i < len(batches))
+            (loss * run.world() / tokens).backward()        # FSDP averages over the ranks, hence their number
+            loss_sum += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip).full_tensor().item()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(settings, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = run.total(loss_sum) / tokens
+        log.write(phase=title, step=step, loss=loss, grad_norm=norm, lr=group["lr"], tokens=int(tokens))
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
 
 def train(settings, model, tokenizer, processor, sources, device):
-    """The whole cold start. -> the trained (sharded) model"""
+    """The whole stage: for a new model some perception first, then the cold start. -> the trained (sharded) model"""
+    run.by_size(settings, batch="batch", lr="sft_lr")
     if settings.steps < 1:
         raise run.UserError("--steps: needs at least 1")
     if settings.batch % run.world():
         raise run.UserError(f"--batch {settings.batch}: not divisible by {run.world()} processes; use a multiple")
     log = run.Log(settings.out)
-    blend, local = data.Blend(sources, settings.seed), settings.batch // run.world()
-    run.say(f"cold start: {settings.steps} steps of {settings.batch} rows ({local} a rank) from {len(blend)} rows: " +
-            ", ".join(f"{name} {count}" for (name, _, _), count in zip(sources, blend.counts)))
     model = run.shard(model, device, settings.checkpointing)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, settings.beta2),
-                                  weight_decay=settings.weight_decay, fused=True)
-    mine = [step * settings.batch + run.rank() * local + i for step in range(settings.steps) for i in range(local)]
-    loader = DataLoader(Encoded(blend, tokenizer, processor), batch_size=local, sampler=mine, collate_fn=list,
-                        num_workers=settings.workers)
-    bar = tqdm(loader, desc="cold start", disable=run.rank() > 0, mininterval=2)
-    model.train()
-    for step, samples in enumerate(bar):
-        parts = [data.to(data.collate(part, tokenizer), device) for part in micro_batches(samples, settings.micro_tokens)]
-        tokens = run.total(sum(part["loss_mask"].sum().item() for part in parts))            # of the global batch, first
-        rounds = run.most(len(parts))                       # every rank runs as many passes: collectives stay in step
-        loss_sum = 0.0
-        for i in range(rounds):
-            model.set_requires_gradient_sync(i == rounds - 1)
-            loss = target_loss(model, parts[min(i, len(parts) - 1)]) * (i < len(parts))
-            (loss * run.world() / tokens).backward()        # FSDP averages over the ranks, hence their number
-            loss_sum += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = run.total(loss_sum) / tokens
-        log.write(step=step, loss=loss, grad_norm=float(norm.full_tensor()), lr=learning_rate(settings, step), tokens=int(tokens))
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+    if not settings.model and settings.pretrain:
+        perception = data.perception_blend(settings.world_scenes, settings.seed * 10**6, run.image_side(processor))
+        fit(settings, model, tokenizer, processor, perception, settings.pretrain, device, log, "pretraining")
+    fit(settings, model, tokenizer, processor, sources, settings.steps, device, log, "cold start")
     run.save_model(model, tokenizer, processor, settings.out)
     return model
 
 
 def sources_of(settings, size):
-    """The blend of --data, or the embedded world's."""
-    if not settings.data:
-        return data.cold_start_blend(settings.scenes, first=settings.seed * 10**6, size=size)
-    return data.file_sources(settings.data, settings.skip_bad_rows)
+    """The blend of --data and --scenes, or the embedded world's."""
+    sources = [data.file_source(spec, settings.skip_bad_rows) for spec in settings.data]
+    sources += [data.scenes_source(settings.scenes)] if settings.scenes else []
+    return sources or data.cold_start_blend(settings.traces, first=settings.seed * 10**6, size=size)
 
 
 def main():
     settings = run.parse(Settings, __doc__)
     device = run.setup(settings.seed)
-    model, tokenizer, processor = run.load_model(settings.model) if settings.model else run.new_model(settings.size, settings.seed)
-    train(settings, model, tokenizer, processor, sources_of(settings, run.SIZES[settings.size]["image"]), device)
+    made = run.load_model(settings.model) if settings.model else run.new_model(settings.size, settings.seed)
+    model, tokenizer, processor = made
+    train(settings, model, tokenizer, processor, sources_of(settings, run.image_side(processor)), device)
 
 
 if __name__ == "__main__":
