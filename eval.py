@@ -3,8 +3,8 @@
     python eval.py --model out/grpo                                    # held-out scenes of the embedded world
     torchrun --nproc_per_node 8 eval.py --model out/grpo --scenes scenes.jsonl --json out.json --show out/pictures
 
-Every question is asked on both paths. Per path and task: accuracy, format, total and detection reward (means) and the centre
-error (median over the asked-for objects, metres; an object without a readable box of its own counts as infinitely far).
+Every question is asked on both paths. Per path and task: accuracy, format, total and detection reward (means) and the
+centre error (median over the asked-for objects, metres; an object without a box of its own counts as infinitely far).
 """
 import json
 import os
@@ -31,11 +31,13 @@ class Settings:
     model: str = setting("out/grpo", "folder of this project or a stock Qwen3-VL")
     data: list = setting([], "instance files to answer instead of the embedded world")
     scenes: str = setting("", "scenes.jsonl: ask the region questions about these pictures (real ones too)")
+    skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
     questions: int = setting(1320, "embedded world: number of held-out questions; each is asked on both paths")
     path: str = setting("both", "lor, dtr or both")
     temperature: float = setting(0.0, "0 is greedy (paper: 0.5 during training)")
     max_new_tokens: int = setting(160, "longest response (paper: 2048)")
-    batch: int = setting(60, "prompts at once on a rank")
+    batch: int = setting(240, "prompts at once on a rank")
+    compare: list = setting([], "JSON files of earlier evaluations: only print them side by side, and what changed")
     json: str = setting("", "file for the table and every response with its reward parts")
     show: str = setting("", "folder for one picture a question: regions, predicted and true centres, response")
     seed: int = setting(0, "seed of the sampling at temperatures above 0")
@@ -46,7 +48,7 @@ class Settings:
 
 
 def held_out(count, size, first=9 * 10**8):
-    """`count` questions of the embedded world about scenes that no training uses, as many of each family, for both paths."""
+    """`count` questions about scenes that no training uses, as many of each family, each for both paths."""
     tasks = [*questions.REGION, *questions.GENERAL]
     per_task = -(-count // len(tasks))
     rows = {task: [] for task in tasks}
@@ -62,17 +64,12 @@ def held_out(count, size, first=9 * 10**8):
     return [row for task in tasks for row in rows[task]]
 
 
-def from_scenes(path):
-    """The questions of both paths about every scene of a file."""
-    return [row for scene in scenes_file.load_scenes(path) for row in questions.questions(scene, 0)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # answers
 
 
 def token_rules(model, tokenizer, device):
-    """-> stop ids, and ids that are never sampled: a sampled image pad or <mask> would stand for a picture that is not there."""
+    """-> stop ids; ids that are never sampled: an image pad or <mask> would stand for a picture that is not there."""
     stop = model.generation_config.eos_token_id
     stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id}
     banned = set(tokenizer.convert_tokens_to_ids(data.SPECIAL)) - stop
@@ -90,14 +87,11 @@ def score(row, response):
     """Reward parts of one response, and the distance (metres) of each asked-for centre from its prediction."""
     centers = data.centers_of(row)
     try:
-        parts = rewards.total_reward(response, data.answer_of(row), data.path_of(row), centers, question=data.question_of(row))
+        parts = rewards.total_reward(response, data.answer_of(row), data.path_of(row), centers,
+                                     question=data.question_of(row))
     except ValueError as error:
         raise data.BadRow(f"{row['source']}: {error}") from None
-    found = {}
-    for _, tag, center in rewards.parse_boxes(response):
-        found.setdefault(tag, center)
-    errors = [float(np.linalg.norm(np.subtract(found[tag], center))) if found.get(tag) else None
-              for tag, center in (centers or {}).items()]
+    errors = list(rewards.center_errors(response, centers, question=data.question_of(row)).values()) if centers else []
     return {"accuracy": parts["accuracy"], "format": parts["format"], "reward": parts["total"],
             "detection": parts["detection"], "center_errors_m": errors}
 
@@ -106,7 +100,8 @@ def answer(model, tokenizer, processor, rows, device, settings, title="evaluatio
     """Responses of a (sharded) model to the rows, scored; on every rank, in the order of the rows."""
     stop, banned = token_rules(model, tokenizer, device)
     generator = torch.Generator(device).manual_seed(settings.seed * 1000 + run.rank())
-    mine = sorted(range(run.rank(), len(rows), run.world()), key=lambda i: (data.path_of(rows[i]), len(data.question_of(rows[i]))))
+    mine = range(run.rank(), len(rows), run.world())
+    mine = sorted(mine, key=lambda i: (data.path_of(rows[i]), len(data.question_of(rows[i]))))
     results = []
     with run.gathered(model):
         bar = tqdm(range(0, len(mine), settings.batch), desc=title, disable=run.rank() > 0, mininterval=2)
@@ -114,7 +109,8 @@ def answer(model, tokenizer, processor, rows, device, settings, title="evaluatio
             part = mine[start:start + settings.batch]
             samples = [data.encode(rows[i], tokenizer, processor, train=False) for i in part]
             prompts = data.to(data.collate(samples, tokenizer), device)
-            tokens, mask, *_ = rollout(model, prompts, 1, settings.max_new_tokens, stop, banned, settings.temperature, generator)
+            tokens, mask, *_ = rollout(model, prompts, 1, settings.max_new_tokens, stop, banned, settings.temperature,
+                                       generator)
             for i, text in zip(part, decode(tokenizer, tokens, mask, set(stop.tolist()))[0]):
                 results.append({"index": i, "id": rows[i].get("id", str(i)), "path": data.path_of(rows[i]),
                                 "task": rows[i].get("task", "question"), "question": data.question_of(rows[i]),
@@ -129,7 +125,8 @@ def answer(model, tokenizer, processor, rows, device, settings, title="evaluatio
 def mean_interval(values):
     """Mean and the half width of its 95 % interval (normal approximation)."""
     values = np.asarray(values, float)
-    return float(values.mean()), float(1.96 * values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+    half = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return float(values.mean()), float(half)
 
 
 def median_interval(values):
@@ -140,30 +137,72 @@ def median_interval(values):
     return float(np.median(values)), float(low), float(high)
 
 
+def pools(results):
+    """Tasks that are also reported together: name -> tasks."""
+    tasks = {r["task"] for r in results}
+    named = {"region": tasks & set(questions.REGION), "general": tasks & set(questions.GENERAL), "all": tasks}
+    return {name: of for name, of in named.items() if of}
+
+
 def make_table(results):
     """Results -> one dict a path and task; "region", "general" and "all" pool tasks."""
-    pools = {"region": set(questions.REGION), "general": set(questions.GENERAL), "all": {r["task"] for r in results}}
     table = []
     for path in ("lor", "dtr"):
         of_path = [r for r in results if r["path"] == path]
-        for task in [*dict.fromkeys(r["task"] for r in of_path), *pools]:
-            part = [r for r in of_path if r["task"] in pools.get(task, {task})]
-            if not part:
-                continue
+        pooled = pools(of_path)
+        for task in [*dict.fromkeys(r["task"] for r in of_path), *pooled]:
+            part = [r for r in of_path if r["task"] in pooled.get(task, {task})]
             line = {"path": path, "task": task, "n": len(part)}
             for key in METRICS:
                 values = [r[key] for r in part if r[key] is not None]
                 line[key], line[f"{key}_ci"] = mean_interval(values) if values else (None, None)
             errors = [np.inf if e is None else e for r in part for e in r["center_errors_m"]]
-            line["center_error_m"], *line["center_error_m_ci"] = median_interval(errors) if errors else (None, None, None)
+            median = median_interval(errors) if errors else (None, None, None)
+            median = [None if v == np.inf else v for v in median]                            # inf is not JSON
+            line["center_error_m"], line["center_error_m_ci"] = median[0], median[1:]
             table.append(line)
     return table
 
 
-def paired(before, after, key, path, tasks=None):
-    """Mean difference after - before of a metric over the same questions, and the half width of its 95 % interval."""
-    pick = lambda rs: [r for r in rs if r["path"] == path and (tasks is None or r["task"] in tasks) and r[key] is not None]
-    return mean_interval([b[key] - a[key] for a, b in zip(pick(before), pick(after))])
+def paired(before, after, key, tasks):
+    """Mean of after - before over the same questions, and the half width of its 95 % interval."""
+    known = [(b[key], a[key]) for b, a in zip(before, after) if b["task"] in tasks and None not in (b[key], a[key])]
+    return mean_interval([a - b for b, a in known]) if known else None
+
+
+def paired_error(before, after, draws=1000):
+    """Change of the median centre error (metres) and its 95 % interval, bootstrapped over questions."""
+    finite = lambda result: [np.inf if e is None else e for e in result["center_errors_m"]]
+    pairs = [(finite(b), finite(a)) for b, a in zip(before, after) if b["center_errors_m"]]
+    random = np.random.default_rng(0)
+    medians = lambda picked: np.array([np.median(sum((pair[k] for pair in picked), [])) for k in (0, 1)])
+    resamples = random.integers(len(pairs), size=(draws, len(pairs)))
+    change = [np.diff(medians([pairs[i] for i in picked]))[0] for picked in resamples]
+    return float(np.diff(medians(pairs))[0]), *map(float, np.percentile(change, [2.5, 97.5]))
+
+
+def show_changes(title, before, after):
+    """Print what changed between two evaluations of the same questions, path by path, with paired intervals."""
+    run.say(f"{title}: change over the same questions")
+    for path in ("lor", "dtr"):
+        b, a = ([r for r in results if r["path"] == path] for results in (before, after))
+        if not b or [r["id"] for r in b] != [r["id"] for r in a]:
+            continue
+        for name, tasks in pools(b).items():
+            changes = {key: paired(b, a, key, tasks) for key in METRICS}
+            text = "".join(f"  {key} {change[0]:+.3f} ±{change[1]:.3f}" for key, change in changes.items() if change)
+            run.say(f"  {path} {name:<8}{text}")
+        if path == "dtr" and any(r["center_errors_m"] for r in b):
+            run.say("  dtr median centre error {:+.3f} m, 95 % interval [{:+.3f}, {:+.3f}]".format(*paired_error(b, a)))
+
+
+def show_paths(title, results):
+    """Print the accuracy of DTR minus that of LOR over the same questions."""
+    lor, dtr = ([r for r in results if r["path"] == path] for path in ("lor", "dtr"))
+    if len(lor) == len(dtr) and [r["answer"] for r in lor] == [r["answer"] for r in dtr]:
+        gaps = {name: paired(lor, dtr, "accuracy", tasks) for name, tasks in pools(lor).items() if name != "all"}
+        text = "".join(f"  {name} {gap[0]:+.3f} ±{gap[1]:.3f}" for name, gap in gaps.items())
+        run.say(f"{title}: accuracy of DTR minus LOR{text}")
 
 
 def show_table(*named):
@@ -198,7 +237,8 @@ def show_pictures(folder, rows, results):
         scale = max(1, round(640 / image.width))
         image = image.resize((image.width * scale, image.height * scale))
         text = f"{result['question']}\ntruth {result['answer']}   reward {result['reward']:.2f}\n{result['response']}"
-        canvas = data.Image.new("RGB", (max(image.width, 640), image.height + 20 + 14 * (text.count("\n") + 1)), "white")
+        lines = text.count("\n") + 1
+        canvas = data.Image.new("RGB", (max(image.width, 640), image.height + 20 + 14 * lines), "white")
         canvas.paste(image)
         pen = ImageDraw.Draw(canvas)
         pen.text((6, image.height + 6), text, fill="black")
@@ -214,16 +254,34 @@ def show_pictures(folder, rows, results):
         canvas.save(os.path.join(folder, f"{result['index']:05d}_{result['path']}_{result['task']}.png"))
 
 
+def compare(files):
+    """Tables of earlier evaluations side by side, and each against the first."""
+    found = []
+    for file in files:
+        try:
+            with open(file) as handle:
+                found.append(json.load(handle))
+        except (OSError, json.JSONDecodeError) as error:
+            raise run.UserError(f"--compare {file}: not the JSON of an evaluation ({error})") from None
+    show_table(*((file, one["table"]) for file, one in zip(files, found)))
+    for file, one in zip(files, found):
+        show_paths(file, one["responses"])
+    for file, one in zip(files[1:], found[1:]):
+        show_changes(f"{file} against {files[0]}", found[0]["responses"], one["responses"])
+
+
 def main():
     settings = run.parse(Settings, __doc__)
     if settings.path not in ("lor", "dtr", "both"):
         raise run.UserError(f"--path {settings.path}: needs lor, dtr or both")
+    if settings.compare:
+        return compare(settings.compare)
     device = run.setup(settings.seed)
     model, tokenizer, processor = run.load_model(settings.model)
     if settings.scenes:
-        rows = from_scenes(settings.scenes)
+        rows = data.scenes_source(settings.scenes)[1]
     elif settings.data:
-        rows = [row for file in settings.data for row in data.load_instances(file)]
+        rows = [row for file in settings.data for row in data.file_source(file, settings.skip_bad_rows)[1]]
     else:
         rows = held_out(settings.questions, round(processor.size["longest_edge"] ** 0.5))
     rows = [row for row in rows if settings.path in ("both", data.path_of(row))]

@@ -1,14 +1,14 @@
 """GRPO on both reasoning paths at once (SR-REAL, arXiv 2606.17539, stage 2), after the cold start of sft.py.
 
-    torchrun --nproc_per_node 2 grpo.py                                # embedded world, two CPU cores: cold start, RL, evaluation
+    torchrun --nproc_per_node 2 grpo.py                # embedded world, two CPU cores: cold start, GRPO, evaluation
     torchrun --nproc_per_node 8 grpo.py --model out/sft --data rl.json --size base
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 grpo.py ...
 
-    group of G responses to one prompt, rewards r        A = (r - mean r) / (std r + 1e-6), the same for each token
-    ratio of a token                                     w = exp(log p - log p_old)
-    clipped objective                                    J = min(w A, clip(w, 1 - 0.2, 1 + 0.3) A), and J >= 3 A where A < 0
-    KL to the frozen cold start                          k3 = p_ref/p - log(p_ref/p) - 1
-    loss                                                 - sum(J - 0.01 k3) / tokens of the optimizer step, over all ranks
+    G responses to one prompt, rewards r     A = (r - mean r) / (std r + 1e-6), the same for each token
+    ratio of a token                         w = exp(log p - log p_old)
+    clipped objective                        J = min(w A, clip(w, 1 - 0.2, 1 + 0.3) A), and J >= 3 A where A < 0
+    KL to the frozen cold start              k3 = p_ref/p - log(p_ref/p) - 1
+    loss                                     - sum(J - 0.01 k3) / tokens of the optimizer step, over all ranks
 
 Differences from the paper's release:
 1. Token mean over all tokens of the optimizer step, across ranks and micro-batches. (There: over micro-batches of two.)
@@ -44,7 +44,7 @@ class Settings:
     skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
     seed: int = setting(0, "seed of data order and sampling")
     steps: int = setting(60, "rollout steps (paper: 600)")
-    prompts: int = setting(48, "prompts a step, all ranks together (paper: 512)")
+    prompts: int = setting(0, "prompts a step, all ranks together; 0: by --size, tiny 48 (paper: 512)")
     group_size: int = setting(8, "responses a prompt, G (paper: n = 5)")
     minibatches: int = setting(2, "optimizer steps a rollout step, one pass over the responses (paper: 4)")
     temperature: float = setting(1.0, "of sampling and of the scored distribution (paper: 1.0)")
@@ -56,12 +56,12 @@ class Settings:
     clip_high: float = setting(0.3, "and at 1 + this (paper: 0.3)")
     dual_clip: float = setting(3.0, "a negative advantage costs at most this many times itself (paper: 3.0)")
     kl: float = setting(0.01, "weight of the KL to the cold start; 0: no reference model (paper: 0.01)")
-    filter: str = setting("spread", "groups to keep: spread = rewards differ; mean = the paper's 0.2 < mean < 0.99; none")
-    min_std: float = setting(0.01, "spread: smallest standard deviation of a group's rewards; less is a tie, not a signal")
+    filter: str = setting("spread", "groups to keep: spread: rewards differ; mean: the paper's 0.2 < mean < 0.99; none")
+    min_std: float = setting(0.01, "spread: smallest standard deviation of a group's rewards; less is a tie, no signal")
     rounds: int = setting(1, "most rollout rounds a step, to replace dropped groups (paper: 30)")
     train_vision: bool = setting(False, "also train the vision side (paper: frozen)")
     micro_tokens: int = setting(6144, "most tokens, with padding, of one training pass on a rank; bounds memory")
-    checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); saves memory, costs a third")
+    checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); a third slower")
     questions: int = setting(1320, "held-out questions of the evaluation, each on both paths; 0: no evaluation")
     show_every: int = setting(10, "steps between printed responses")
 
@@ -71,7 +71,7 @@ class Settings:
 
 
 def group_advantages(rewards):
-    """Group-normalised advantages of rewards (B, G): (r - mean) / (std + 1e-6), unbiased std; exactly 0 in a group of ties."""
+    """Group-normalised advantages of rewards (B, G): (r - mean) / (std + 1e-6), unbiased std; exactly 0 for ties."""
     centered = rewards - rewards.mean(1, keepdim=True)
     tie = (rewards == rewards[:, :1]).all(1, keepdim=True)  # the mean of ties can be off by a rounding error
     return torch.where(tie, 0.0, centered / (rewards.std(1, keepdim=True) + 1e-6))
@@ -103,7 +103,7 @@ def grpo_loss(logprobs, old, reference, advantages, mask, clip_low=0.2, clip_hig
 
 
 def sample_groups(model, rows, tokenizer, processor, rules, settings, generator, device):
-    """Roll out and score the rows. -> one dict a group: encoded prompt, features, tokens, mask, old log-probs, rewards."""
+    """Roll out and score the rows. -> one dict a group: prompt, features, tokens, mask, old log-probs, rewards, .."""
     stop, banned = rules
     samples = [data.encode(row, tokenizer, processor, train=False) for row in rows]
     prompts = data.to(data.collate(samples, tokenizer), device)
@@ -115,9 +115,10 @@ def sample_groups(model, rows, tokenizer, processor, rules, settings, generator,
         mine = slice(i * settings.group_size, (i + 1) * settings.group_size)
         parts = [eval.score(row, text) for text in texts[mine]]
         regions = slice(first, first := first + len(sample["regions"]))
-        groups.append({"row": row, "sample": sample, "features": select_features(features, [i], regions), "parts": parts,
+        groups.append({"row": row, "sample": sample, "features": select_features(features, [i], regions),
                        "tokens": tokens[mine], "mask": mask[mine], "old": old[mine], "texts": texts[mine],
-                       "rewards": torch.tensor([p["reward"] for p in parts]), "cut": ended[mine].count(False)})
+                       "rewards": torch.tensor([p["reward"] for p in parts]), "parts": parts,
+                       "cut": ended[mine].count(False)})
     return groups
 
 
@@ -128,10 +129,10 @@ def keep_group(group, settings):
 
 
 def micro_batches(groups, max_tokens):
-    """Groups sorted by length, cut where (prompt + G responses) x groups, padded, would exceed max_tokens."""
-    size = lambda g: len(g["sample"]["prompt"]) + g["tokens"].numel()
+    """Groups sorted by length, cut where (prompt + G longest responses) x groups would exceed max_tokens."""
+    size = lambda g: len(g["sample"]["prompt"]) + len(g["mask"]) * g["mask"].sum(1).max().item()
     parts = []
-    for group in sorted(groups, key=lambda g: (g["mask"].sum(1).max().item(), len(g["sample"]["prompt"]))):
+    for group in sorted(groups, key=size):
         if not parts or (len(parts[-1]) + 1) * size(group) > max_tokens:
             parts.append([])
         parts[-1].append(group)
@@ -139,7 +140,7 @@ def micro_batches(groups, max_tokens):
 
 
 def collate_groups(groups, tokenizer, device):
-    """Groups -> (prompts, features, tokens (N, T), mask (N, T), old (N, T), advantages (N,)), cut to the longest response."""
+    """Groups -> prompts, features, tokens, mask, old (N, T), cut to the longest response, and advantages (N,)."""
     prompts = data.to(data.collate([g["sample"] for g in groups], tokenizer), device)
     length = max(int(g["mask"].sum(1).max()) for g in groups)
     pad = lambda x: torch.nn.functional.pad(x[:, :length], (0, length - min(length, x.shape[1])))
@@ -165,7 +166,8 @@ def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banne
     sums = {}
     for i in range(rounds):
         real = i < len(parts)
-        prompts, features, ids, mask, old, advantages = collate_groups(parts[i] if real else [filler], tokenizer, device)
+        batch = collate_groups(parts[i] if real else [filler], tokenizer, device)
+        prompts, features, ids, mask, old, advantages = batch
         features = None if settings.train_vision else features
         ref = None
         if reference is not None:
@@ -173,13 +175,14 @@ def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banne
                 ref, _ = token_logprobs(reference, prompts, features, ids, mask, banned, settings.temperature)
         model.set_requires_gradient_sync(i == rounds - 1)
         logprobs, entropy = token_logprobs(model, prompts, features, ids, mask, banned, settings.temperature)
-        loss, stats = grpo_loss(logprobs, old, ref, advantages, mask, settings.clip_low, settings.clip_high, settings.dual_clip,
-                                settings.kl)
+        loss, stats = grpo_loss(logprobs, old, ref, advantages, mask, settings.clip_low, settings.clip_high,
+                                settings.dual_clip, settings.kl)
         (loss * real * run.world() / tokens).backward()     # FSDP averages over the ranks, hence their number
         if real:
             stats |= {"loss": loss.detach(), "entropy": entropy[mask.bool()].sum()}
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in stats.items()}
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], settings.clip).full_tensor().item()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip).full_tensor().item()
     if norm == norm and norm < float("inf"):                # a non-finite gradient skips the step
         optimizer.step()
     optimizer.zero_grad()
@@ -198,14 +201,14 @@ def train(settings, model, tokenizer, processor, rows, device):
     if not settings.train_vision:
         for part in (model.model.visual, model.point_embed, model.region_proj):
             part.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    run.say(f"GRPO: {settings.steps} steps of {settings.prompts} prompts x {settings.group_size} responses ({local} prompts a rank), "
-            f"{settings.minibatches} optimizer steps each; {sum(p.numel() for p in trained):,} trained parameters")
     model = run.shard(model, device, settings.checkpointing)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=settings.lr, betas=(0.9, 0.999),
-                                  weight_decay=settings.weight_decay)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.999), weight_decay=settings.weight_decay)
+    run.say(f"GRPO: {settings.steps} steps of {settings.prompts} prompts x {settings.group_size} responses ({local} "
+            f"prompts a rank), {settings.minibatches} optimizer steps each; "
+            f"{sum(p.numel() for p in trained):,} trained parameters")
     rules = eval.token_rules(model, tokenizer, device)
-    generator = torch.Generator(device).manual_seed(settings.seed * 1000 + run.rank())       # ranks must not sample alike
+    generator = torch.Generator(device).manual_seed(settings.seed * 1000 + run.rank())       # no two ranks sample alike
     bar, position = tqdm(range(settings.steps), desc="GRPO", disable=run.rank() > 0, mininterval=2), 0
     for step in bar:
         start, kept, seen = time.time(), [], []
@@ -221,8 +224,8 @@ def train(settings, model, tokenizer, processor, rows, device):
         rolled, model_steps = time.time(), []
         model.train()
         for k in range(settings.minibatches):
-            stats = optimizer_step(model, reference, optimizer, kept[k::settings.minibatches], seen[0], tokenizer, rules[1],
-                                   settings, device)
+            stats = optimizer_step(model, reference, optimizer, kept[k::settings.minibatches], seen[0], tokenizer,
+                                   rules[1], settings, device)
             model_steps += [stats] if stats else []
         report(step, seen, kept, model_steps, log, bar, settings, rolled - start, time.time() - rolled)
     run.save_model(model, tokenizer, processor, settings.out)
@@ -248,11 +251,13 @@ def report(step, seen, kept, model_steps, log, bar, settings, rollout_s, update_
     if model_steps:
         line["first_ratio"], line["first_mismatch"] = model_steps[0]["ratio"], model_steps[0]["mismatch"]
     log.write(**line)
-    bar.set_postfix({k: f"{line[k]:.3f}" for k in ("lor_reward", "dtr_reward", "dtr_detection", "kl") if k in line}, refresh=False)
+    shown = [key for key in ("lor_reward", "dtr_reward", "dtr_detection", "kl") if key in line]
+    bar.set_postfix({key: f"{line[key]:.3f}" for key in shown}, refresh=False)
     if run.rank() == 0 and settings.show_every and step % settings.show_every == 0:
-        best = seen[step % len(seen)]
-        reward = {k: v for k, v in best["parts"][0].items() if k != "center_errors_m"}
-        bar.write(f"--- step {step}: {data.question_of(best['row'])}\n{best['texts'][0]}\n    truth {data.answer_of(best['row'])}, {reward}")
+        group = seen[step % len(seen)]
+        reward = ", ".join(f"{k} {group['parts'][0][k]:.2f}" for k in eval.METRICS if group["parts"][0][k] is not None)
+        bar.write(f"--- step {step}: {data.question_of(group['row'])}\n{group['texts'][0]}\n"
+                  f"    truth {data.answer_of(group['row'])}; {reward}")
 
 
 def cold_start(settings, device):
@@ -260,13 +265,22 @@ def cold_start(settings, device):
     run.say(f"no cold start in {settings.model}: making one first (sft.py)")
     made = sft.Settings(**{f.name: f.default_factory() for f in sft.Settings.__dataclass_fields__.values()})
     made.out, made.size, made.seed = settings.model, settings.size, settings.seed
-    sources = sft.sources_of(made, run.SIZES[made.size]["image"])
-    sft.train(made, *run.new_model(made.size, made.seed), sources, device)
+    model, tokenizer, processor = run.new_model(made.size, made.seed)
+    sft.train(made, model, tokenizer, processor, sft.sources_of(made, run.image_side(processor)), device)
+
+
+def sources_of(settings, side):
+    """The blend of --data and --scenes, or fresh questions of the embedded world, none twice."""
+    sources = [data.file_source(spec, settings.skip_bad_rows) for spec in settings.data]
+    sources += [data.scenes_source(settings.scenes)] if settings.scenes else []
+    count = settings.prompts * settings.steps * settings.rounds
+    return sources or data.rl_blend(count, 10**8 + settings.seed * 10**7, side)
 
 
 def main():
     settings = run.parse(Settings, __doc__)
     device = run.setup(settings.seed)
+    run.by_size(settings, prompts="prompts")
     if settings.prompts % run.world():
         raise run.UserError(f"--prompts {settings.prompts}: not divisible by {run.world()} processes; use a multiple")
     if settings.steps < 1 or settings.minibatches < 1 or settings.group_size < 2:
@@ -274,19 +288,22 @@ def main():
     if not os.path.isfile(os.path.join(settings.model, "config.json")) and settings.model == "out/sft":
         cold_start(settings, device)
     model, tokenizer, processor = run.load_model(settings.model)
-    side = round(processor.size["longest_edge"] ** 0.5)
-    blend = data.Blend(data.rl_blend(settings.prompts * settings.steps * settings.rounds, 10**8 + settings.seed * 10**7, side), settings.seed)
-    held_out = eval.held_out(settings.questions, side) if settings.questions else []
+    blend = data.Blend(sources_of(settings, run.image_side(processor)), settings.seed)
+    held_out = eval.held_out(settings.questions, run.image_side(processor)) if settings.questions else []
     asked = eval.Settings(**{f.name: f.default_factory() for f in eval.Settings.__dataclass_fields__.values()})
     asked.max_new_tokens = settings.max_new_tokens
     if held_out:
-        before = eval.answer(run.shard(copy.deepcopy(model), device), tokenizer, processor, held_out, device, asked, "cold start")
+        start = run.shard(copy.deepcopy(model), device)
+        before = eval.answer(start, tokenizer, processor, held_out, device, asked, "cold start")
         eval.write_json(os.path.join(settings.out, "eval_cold_start.json"), before)
     model = train(settings, model, tokenizer, processor, blend, device)
     if held_out:
         after = eval.answer(model, tokenizer, processor, held_out, device, asked, "after GRPO")
         eval.write_json(os.path.join(settings.out, "eval.json"), after)
         eval.show_table(("cold start", eval.make_table(before)), ("GRPO", eval.make_table(after)))
+        eval.show_paths("cold start", before)
+        eval.show_paths("GRPO", after)
+        eval.show_changes("GRPO against the cold start", before, after)
 
 
 if __name__ == "__main__":
