@@ -195,14 +195,14 @@ def region_masks(row, width, height):
 
 
 def draw_marks(image, row):
-    """Coloured boxes (5 px a 1000 px of width) and points (radius 20 px a 1000 px) on a copy of the picture."""
+    """Coloured boxes (5 px a 1000 px of width, 2 at least) and points (radius 20 px a 1000 px) on a copy."""
     image, (w, h) = image.convert("RGB"), image.size
     pen = ImageDraw.Draw(image)
     for color, rgb in MARK_COLORS.items():
         for x1, y1, x2, y2 in row.get(f"{color}_bbox", []):
             right, bottom = x2 * w / 1000 - 1, y2 * h / 1000 - 1
             corners = [min(x1 * w / 1000, right), min(y1 * h / 1000, bottom), right, bottom]
-            pen.rectangle(corners, outline=rgb, width=max(1, round(w / 200)))
+            pen.rectangle(corners, outline=rgb, width=max(2, round(w / 200)))
         for x, y in row.get(f"{color}_point", []):
             r = max(1, w / 50)
             pen.ellipse([x * w / 1000 - r, y * h / 1000 - r, x * w / 1000 + r, y * h / 1000 + r], fill=rgb)
@@ -359,18 +359,18 @@ class World:
 
 def perception_blend(scenes, first, size):
     """Short questions without reasoning: what a stock VLM knows already. 3D centres are the depth sensor's own."""
-    parts = [("center", 5), ("region_qa", 2), ("mark_qa", 4), ("listing", 4), ("ground2d", 1), ("vqa", 3)]
+    parts = [("center", 5), ("region_qa", 2), ("mark_qa", 5), ("listing", 3), ("ground2d", 1), ("vqa", 4)]
     return [(task, World("grounding", [task], first, scenes, per, size, sensor=True), 1.0) for task, per in parts]
 
 
 def cold_start_blend(scenes, first, size):
     """The cold-start mixture over a fixed set of scenes, centres as a sensor sees them: [(name, rows, weight), ...]."""
     region, general = questions.REGION, questions.GENERAL
-    parts = [("lor_region", "lor", region, 6), ("lor_general", "lor", general, 5), ("dtr_region", "dtr", region, 8),
+    parts = [("lor_region", "lor", region, 6), ("lor_general", "lor", general, 6), ("dtr_region", "dtr", region, 8),
              ("dtr_general", "dtr", general, 1), ("center", "grounding", ["center"], 2),
              ("box3d", "grounding", ["box3d"], 1), ("ground2d", "grounding", ["ground2d"], 1),
-             ("region_qa", "grounding", ["region_qa"], 1), ("mark_qa", "grounding", ["mark_qa"], 2),
-             ("listing", "grounding", ["listing"], 2), ("vqa", "grounding", ["vqa"], 2)]
+             ("region_qa", "grounding", ["region_qa"], 1), ("mark_qa", "grounding", ["mark_qa"], 3),
+             ("listing", "grounding", ["listing"], 1), ("vqa", "grounding", ["vqa"], 3)]
     return [(name, World(kind, tasks, first, scenes, per, size, sensor=True), 1.0) for name, kind, tasks, per in parts]
 
 

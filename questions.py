@@ -33,7 +33,7 @@ class Ask:
     answer: str                 # exact, from the annotated centres
     marked: list                # objects that carry MARKS[0], MARKS[1], ..; empty for a question about the whole image
     words: str                  # LOR: reasoning without coordinates
-    solve: object = None        # DTR: (tenths of the centres, one xyz a marked object) -> (derivation, answer) or None
+    solve: object               # DTR: (tenths of the centres, one xyz a marked object) -> (derivation, answer) or None
 
 
 def tenths(point):
@@ -166,18 +166,26 @@ def ask_closer(rng, objects):
         win = MARKS[int((p > q) != far)]
         return f"z:{meters(p)}{'<>'[p > q]}{meters(q)}, {win}.", letter(options, win)
 
-    return Ask(f"Which is {'farther from' if far else 'closer to'} the camera?" + show(options), letter(options, best), [a, b],
-               f"{place(a, MARKS[0])} {place(b, MARKS[1])} {best} is {'farther' if far else 'closer'}.", solve)
+    words = f"{place(a, MARKS[0])} {place(b, MARKS[1])} {best} is {'farther' if far else 'closer'}."
+    return Ask(f"Which is {'farther from' if far else 'closer to'} the camera?" + show(options), letter(options, best),
+               [a, b], words, solve)
 
 
 def listing(objects):
     """All objects of the image in words, from left to right."""
-    return "I see " + ", ".join(f"a {name(o)}" for o in objects) + "."
+    return "I see: " + ", ".join(map(name, objects)) + "."
 
 
 def ask_count(rng, objects):
     n = str(len(objects))
-    return Ask("How many objects are in the image?", n, [], f"Count {n}.")
+    words = f"Count {n}."
+    return Ask("How many objects are in the image?", n, [], f"{listing(objects)} {words}", lambda c: (words, n))
+
+
+def general(text, options, best, words, before=""):
+    """A multiple-choice question about the whole image."""
+    right = letter(options, best)
+    return Ask(text + show(options), right, [], before + words, lambda c: (words, right))
 
 
 def ask_exist(rng, objects):
@@ -185,10 +193,8 @@ def ask_exist(rng, objects):
     unseen = sorted(set(COLORS) - set(seen))
     there = bool(rng.integers(2)) or not unseen
     color = str(rng.choice(seen if there else unseen))
-    options = ["yes", "no"]
     verdict = "yes" if there else "no"
-    return Ask(f"Is there a {color} object?" + show(options), letter(options, verdict), [],
-               f"A {color} object: {verdict}.")
+    return general(f"Is anything {color} in the image?", ["yes", "no"], verdict, f"Anything {color}: {verdict}.")
 
 
 def ask_color(rng, objects):
@@ -196,9 +202,7 @@ def ask_color(rng, objects):
     if not alone:
         return None
     a = rng.choice(alone)
-    options = list(COLORS)
-    return Ask(f"What color is the {a['label']}?" + show(options), letter(options, a["color"]), [],
-               f"The {a['label']} is {a['color']}.")
+    return general(f"What color is the {a['label']}?", list(COLORS), a["color"], f"The {a['label']}: {a['color']}.")
 
 
 def ask_shape(rng, objects):
@@ -206,8 +210,7 @@ def ask_shape(rng, objects):
     if not alone:
         return None
     a = rng.choice(alone)
-    return Ask(f"What shape is the {a['color']} object?" + show(SHAPES), letter(SHAPES, a["label"]), [],
-               f"The {a['color']} object is a {a['label']}.")
+    return general(f"What shape is the {a['color']} one?", SHAPES, a["label"], f"The {a['color']} one: {a['label']}.")
 
 
 def ask_more(rng, objects):
@@ -217,7 +220,7 @@ def ask_more(rng, objects):
     options = [f"{shape}s" for shape in SHAPES]
     best = options[int(np.argmax(counts))]
     words = ", ".join(f"{o} {n}" for o, n in zip(options, counts))
-    return Ask("Which are there most of?" + show(options), letter(options, best), [], f"{words}: {best}.")
+    return general("Which are there most of?", options, best, f"{words}: {best}.", f"{listing(objects)} ")
 
 
 REGION = {"depth": ask_depth, "move": ask_move, "distance": ask_distance, "nearer": ask_nearer, "axis": ask_axis,
@@ -288,13 +291,12 @@ def questions(scene, seed, sensor=False, tasks=None):
         if task in GENERAL and not all(o["color"] for o in objects):                         # real pictures
             continue
         ask = family(stream(scene, seed, index), objects)
-        solved = ask and (ask.solve(tenths_of(ask.marked)) if ask.solve else (ask.words, ask.answer))
+        solved = ask and ask.solve(tenths_of(ask.marked))
         if not solved:
             continue
         listed = ask.marked or objects
-        seen = " ".join([] if ask.marked else [listing(objects)])
-        rows.append(instance(scene, "lor", task, ask.text, finish(f"{seen} {ask.words}".strip(), rounded(ask.answer)),
-                             ask.marked, answer=ask.answer))
+        rows.append(instance(scene, "lor", task, ask.text, finish(ask.words, rounded(ask.answer)), ask.marked,
+                             answer=ask.answer))
         tags = [f" ({mark})" for mark in MARKS] if ask.marked else [""] * len(objects)
         lines = [box_line(c, name(o) + tag) for c, o, tag in zip(tenths_of(listed), listed, tags)]
         truth = {mark.replace(" ", "_"): {"bbox_2d": thousandths(o["box"], scene.image), "label": o["label"],

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 # ---- settings --------------------------------------------------------------------------------------------------------
-COLORS = {"red": (225, 35, 35), "green": (30, 165, 50), "blue": (40, 75, 235), "yellow": (245, 215, 30),
-          "purple": (165, 50, 190), "white": (250, 250, 250)}   # unlike each other, the ground and the sky, shaded too
+COLORS = {"orange": (250, 125, 15), "yellow": (250, 225, 40), "purple": (150, 50, 180), "white": (250, 250, 250),
+          "cyan": (50, 215, 215), "pink": (250, 150, 190)}   # unlike each other, ground, sky, and the colours of marks
 SHAPES = {"cube": ((0, 1, 2), ()), "sphere": ((), (0, 1, 2)), "cylinder": ((1,), (0, 2))}   # flat axes, round axes
 SIZE = (0.4, 1.1)           # metres, full length of a side or a diameter
 CAMERA_HEIGHT = (1.0, 2.2)  # metres above the ground
@@ -117,7 +117,7 @@ def draw(obj, rays, intrinsics, light, color):
     window = tuple(slice(max(int(p.min()), 0), int(p.max()) + 1) for p in (v, u))   # it shows nowhere else
     depth, normals = cast(obj, rays[window])                # rays have z = 1: the multiple is the depth
     paint = np.where(dark_paint(obj, rays[window], depth), 0.3, 1.0)
-    return window, depth, (paint * (0.7 + 0.3 * normals @ light))[..., None] * color   # no max(0, cos): unlit differ too
+    return window, depth, (paint * (0.7 + 0.3 * normals @ light))[..., None] * color   # unlit faces differ
 
 
 def dark_paint(obj, rays, depth):
