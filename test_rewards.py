@@ -8,6 +8,7 @@
 3. Wrong ground truth is an error.
 4. The classes behind the flaws: seeded random mutations of right responses, judged by a second, strict reader that
    shares no code with rewards.py.
+5. The embedded world's traces earn everything on their own question and chance on another.
 """
 import doctest
 import math
@@ -718,6 +719,42 @@ def test_detection_cannot_be_raised_by_moving_a_centre_away():
                 factor = rng.choice([1.5, 3, 10, 1e6])                     # along the ray from the truth, past rounding
                 away = tuple(t + factor * (c - t) + math.copysign(0.02, c - t) for c, t in zip(center, truth[tag]))
                 assert score(boxes[:i] + [(tag, away)] + boxes[i + 1:], truth) <= score(boxes, truth)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. the embedded world: what a perfect annotator writes earns everything, what belongs to another question does not
+
+
+@pytest.fixture(scope="module")
+def world():
+    """(task, path) -> [(trace, answer, centres, question), ...] of 60 scenes with exact labels."""
+    import data
+    import scenes
+    family = {}
+    for seed in range(60):
+        for row in scenes.questions(scenes.make_scene(seed), seed):
+            question, trace = data.turns(row)
+            item = (trace, data.answer_of(row), data.centers_of(row), question)
+            family.setdefault((row["task"], data.path_of(row)), []).append(item)
+    return family
+
+
+def test_traces_made_from_exact_labels_earn_full_reward(world):
+    assert len(world) == 22                                 # eleven families on both paths
+    for (task, path), items in world.items():
+        parts = [total_reward(trace, truth, path, centers, question=text) for trace, truth, centers, text in items]
+        assert {p["format"] for p in parts} == {1.0}
+        assert {p["detection"] for p in parts} == {1.0 if items[0][2] else None}
+        assert sum(p["accuracy"] for p in parts) / len(parts) >= 0.95, (task, path)          # what rounding costs
+
+
+def test_traces_of_other_questions_score_near_chance(world):
+    for (task, path), items in world.items():
+        parts = [total_reward(items[i - step][0], truth, path, centers, question=text)
+                 for i, (_, truth, centers, text) in enumerate(items) for step in (1, 2, 3)]
+        guess = 1 / items[0][3].count(". ") if ". " in items[0][3] else 0.6                  # options, or a number
+        assert sum(p["accuracy"] for p in parts) / len(parts) < guess + 0.15, (task, path)
+        assert sum(p["detection"] or 0 for p in parts) / len(parts) < 0.05
 
 
 # ---------------------------------------------------------------------------------------------------------------------
