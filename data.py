@@ -86,10 +86,24 @@ def load_instances(path):
         rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
         raise BadRow(f"{path}: line {error.lineno}: not JSON ({error.msg})") from None
-    if not rows:
-        raise BadRow(f"{path}: holds no rows")
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise BadRow(f"{path}: needs a list of rows, each a JSON object")
     folder = os.path.dirname(os.path.abspath(path))
     return [{**row, "source": f"{path}: row {i}", "folder": folder} for i, row in enumerate(rows)]
+
+
+def finite(values, count):
+    """Is this a list of so many finite numbers?"""
+    return isinstance(values, (list, tuple)) and len(values) == count and all(
+        isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+
+
+def boxes_of(row, field, count=4):
+    """A field that holds a list of boxes (or, with count 2, points)."""
+    boxes = row.get(field, [])
+    if not isinstance(boxes, list) or not all(finite(box, count) for box in boxes):
+        raise BadRow(f"{row['source']}: field '{field}': needs a list of lists of {count} finite numbers, not {boxes}")
+    return boxes
 
 
 def path_of(row):
@@ -122,10 +136,12 @@ def centers_of(row):
     """Ground-truth centres by mark, {"red bbox": (x, y, z)}; None for LOR, {} for DTR without detection reward."""
     if path_of(row) == "lor":
         return None
+    if not isinstance(row["3d_pos"], dict):
+        raise BadRow(f"{row['source']}: field '3d_pos': needs {{mark: {{'center_cam': [x, y, z]}}}}")
     centers = {}
     for mark, truth in row["3d_pos"].items():
         point = truth.get("center_cam") if isinstance(truth, dict) else None
-        if not isinstance(point, (list, tuple)) or len(point) != 3 or not np.isfinite(point).all():
+        if not finite(point, 3):
             raise BadRow(f"{row['source']}: field '3d_pos.{mark}.center_cam': needs three finite numbers, metres")
         centers[mark.replace("_", " ")] = tuple(map(float, point))
     return centers
@@ -159,8 +175,12 @@ def open_depth(row, width, height):
         if image.mode in ("L", "P", "RGB") and "depth_scale" not in row:
             raise BadRow(f"{row['source']}: field 'depth': 8-bit pictures hold relative depth; add 'depth_scale' "
                          "(metres per unit) or leave the depth out")
+        if not finite([row.get("depth_scale", 0.001)], 1):
+            raise BadRow(f"{row['source']}: field 'depth_scale': needs a number, metres per unit")
         depth = np.asarray(image, np.float32) * row.get("depth_scale", 0.001)
         depth = np.where(depth > 0, depth, np.nan).astype(np.float32)
+    if not isinstance(depth, np.ndarray):
+        raise BadRow(f"{row['source']}: field 'depth': needs the path of a 16-bit PNG")
     if depth.shape != (height, width):
         size = "x".join(map(str, depth.shape[::-1]))
         raise BadRow(f"{row['source']}: field 'depth': {size} pixels, the image has {width}x{height}")
@@ -172,21 +192,20 @@ def intrinsics_of(row, width, height):
     if given is None:
         focal = width / 2 / math.tan(math.radians(DEFAULT_FOV / 2))
         return focal, focal, width / 2, height / 2
-    if len(given) != 4 or not np.isfinite(given).all() or min(given[:2]) <= 0:
+    if not finite(given, 4) or min(given[:2]) <= 0:
         raise BadRow(f"{row['source']}: field 'intrinsics': needs [fx, fy, cx, cy], pixels, finite, focal lengths > 0")
     return tuple(map(float, given))
 
 
 def region_masks(row, width, height):
     """"bbox" (absolute pixels, one for each <mask>) -> masks (R, H, W), 1 = inside."""
-    boxes = row.get("bbox", []) if path_of(row) == "dtr" or REGION in question_of(row) else []
+    boxes = boxes_of(row, "bbox") if path_of(row) == "dtr" or REGION in question_of(row) else []
     count = question_of(row).count(REGION)
     if count != len(boxes):
         raise BadRow(f"{row['source']}: field 'bbox': {len(boxes)} boxes for {count} <mask> in the question")
     masks = torch.zeros(len(boxes), height, width)
     for mask, box in zip(masks, boxes):
-        inside = len(box) == 4 and -1 <= box[0] < box[2] <= width + 1 and -1 <= box[1] < box[3] <= height + 1
-        if not inside:                                      # NaN fails every comparison
+        if not (-1 <= box[0] < box[2] <= width + 1 and -1 <= box[1] < box[3] <= height + 1):
             raise BadRow(f"{row['source']}: field 'bbox': {box} is empty or outside the image ({width}x{height}); "
                          "needs x1,y1,x2,y2")
         x1, y1, x2, y2 = max(0, math.floor(box[0])), max(0, math.floor(box[1])), math.ceil(box[2]), math.ceil(box[3])
@@ -199,11 +218,11 @@ def draw_marks(image, row):
     image, (w, h) = image.convert("RGB"), image.size
     pen = ImageDraw.Draw(image)
     for color, rgb in MARK_COLORS.items():
-        for x1, y1, x2, y2 in row.get(f"{color}_bbox", []):
+        for x1, y1, x2, y2 in boxes_of(row, f"{color}_bbox"):
             right, bottom = x2 * w / 1000 - 1, y2 * h / 1000 - 1
             corners = [min(x1 * w / 1000, right), min(y1 * h / 1000, bottom), right, bottom]
             pen.rectangle(corners, outline=rgb, width=max(2, round(w / 200)))
-        for x, y in row.get(f"{color}_point", []):
+        for x, y in boxes_of(row, f"{color}_point", 2):
             r = max(1, w / 50)
             pen.ellipse([x * w / 1000 - r, y * h / 1000 - r, x * w / 1000 + r, y * h / 1000 + r], fill=rgb)
     return image
@@ -283,7 +302,7 @@ def cached_scene(seed, size):
 
 def check_row(row):
     """Raise BadRow if the row cannot be used; reads its pictures."""
-    width, height = open_image(row).size
+    width, height = draw_marks(open_image(row), row).size
     for part in (region_masks, open_depth, intrinsics_of):
         part(row, width, height)
     answer, centers = answer_of(row), centers_of(row)

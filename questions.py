@@ -101,6 +101,8 @@ def ask_move(rng, objects):
 def ask_distance(rng, objects):
     a, b = rng.choice(objects, 2, replace=False)
     gap = float(np.linalg.norm(a["center"] - b["center"]))
+    if gap < 0.5:                                           # a tenth of a metre is too coarse for a table top
+        return None
     apart = pick(["almost touching", "close together", "some way apart", "far apart"], [0.8, 1.5, 2.8], gap)
 
     def solve(c):
