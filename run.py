@@ -16,6 +16,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -168,15 +169,19 @@ SIZES = {
 
 def by_size(settings, **names):
     """Fill settings that are 0 with what goes with --size: by_size(settings, lr="sft_lr")."""
-    if settings.size not in SIZES:
-        raise UserError(f"--size {settings.size}: needs one of {', '.join(SIZES)}")
     for field, name in names.items():
-        setattr(settings, field, getattr(settings, field) or SIZES[settings.size][name])
+        setattr(settings, field, getattr(settings, field) or plan_of(settings.size)[name])
+
+
+def plan_of(size):
+    if size not in SIZES:
+        raise UserError(f"--size {size}: needs one of {', '.join(SIZES)}")
+    return SIZES[size]
 
 
 def new_model(size, seed):
     """The embedded default: a small Qwen3-VL from a config, with a tokenizer trained on the embedded world's texts."""
-    plan, scenes = SIZES[size], [data.cached_scene(s, 96) for s in range(150)]
+    plan, scenes = plan_of(size), [data.cached_scene(s, 96) for s in range(150)]
     rows = [r for i, scene in enumerate(scenes) for r in questions.questions(scene, i) + questions.grounding(scene, i)]
     tokenizer = data.train_tokenizer([turn["value"] for row in rows for turn in row["conversations"]])
     ids = tokenizer.convert_tokens_to_ids
@@ -225,7 +230,7 @@ def load_model(name):
             tokenizer.add_tokens([data.REGION], special_tokens=True)
             config.region_token_id = tokenizer.convert_tokens_to_ids(data.REGION)
         model, loaded = RegionVLM.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
-    except (OSError, RuntimeError, ValueError) as error:    # not found, cut off, of other shapes
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:                    # not found, cut off, other
         raise UserError(f"--model {name}: {str(error).splitlines()[0]}") from None
     missing = [key for key in loaded["missing_keys"] if not key.startswith(("point_embed", "region_proj"))]
     if missing:
