@@ -1,0 +1,409 @@
+"""GRPO and the cold start as training: the maths by hand values, and one optimizer step against the plain formula (one
+token of one response at a time) for any micro-batching, on one and two processes. T and a number in a name: the silent
+trap that the test closes.
+
+    python -m pytest -q test_training.py                               # half a minute on two cores
+"""
+import dataclasses
+import datetime
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from test_model import NEVER, ROWS, gradients, make_model, make_processor, make_tokenizer, one_by_one, whole
+
+import data
+import eval
+import grpo
+import run
+import sft
+
+CPU, GROUP = torch.device("cpu"), 4
+BASE = dataclasses.replace(grpo.Settings(), group_size=GROUP, temperature=0.9, max_new_tokens=9, clip=1e9, clip_low=0.2,
+                           clip_high=0.3, dual_clip=3.0, kl=0.05, filter="none", rounds=1, micro_tokens=10**9,
+                           train_vision=False, show_every=0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    run.setup(0)
+    torch.set_num_threads(1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the maths
+
+
+def test_T6_advantages_are_normalised_by_the_unbiased_standard_deviation():
+    one = grpo.group_advantages(torch.tensor([[1.0, 0, 0, 0], [2, 0, 2, 0]], dtype=torch.float64))
+    high = 3**0.5 / 2                                       # standard deviations: 1/2 and sqrt(4/3)
+    expected = torch.tensor([[1.5, -0.5, -0.5, -0.5], [high, -high, high, -high]], dtype=torch.float64)
+    torch.testing.assert_close(one, expected, rtol=1e-5, atol=0)
+    assert (one[0, 0] - 0.75 / (0.5 + 1e-6)).abs() < 1e-12
+
+
+def test_T6_ties_have_exactly_no_advantage():
+    rounding = 0
+    for value in (0.1, 0.2, 0.7, 0.36, 0.9999999):
+        for size in range(2, 17):
+            rewards = torch.full((1, size), value)
+            rounding += bool((rewards != rewards.mean()).any())
+            assert torch.equal(grpo.group_advantages(rewards), torch.zeros(1, size))
+    assert rounding > 0                                     # the case that makes this test worth while does occur
+
+
+@pytest.mark.parametrize("rewards, spread, mean", [
+    ([0.5, 0.5, 0.5, 0.5], False, True), ([0.5, 0.5, 0.5, 0.51], False, True), ([0.5, 0.5, 0.5, 0.6], True, True),
+    ([0.0, 0.0, 0.0, 0.4], True, False), ([1.0, 1.0, 1.0, 0.99], False, False), ([0.1, 0.1, 0.1, 0.1], False, False)])
+def test_T7_T22_what_the_filters_keep(rewards, spread, mean):
+    settings = [dataclasses.replace(BASE, filter=rule, min_std=0.01) for rule in ("spread", "mean", "none")]
+    decisions = [grpo.keep_group({"rewards": torch.tensor(rewards)}, rule) for rule in settings]
+    assert decisions == [spread, mean, True]                # mean: the paper's rule, which keeps ties
+
+
+@pytest.mark.parametrize("advantage, ratio, loss, slope", [
+    (1, 0.5, -0.5, -0.5), (1, 1.0, -1.0, -1.0), (1, 1.29, -1.29, -1.29), (1, 1.31, -1.3, 0), (1, 40, -1.3, 0),
+    (-1, 0.5, 0.8, 0), (-1, 0.79, 0.8, 0), (-1, 0.81, 0.81, 0.81), (-1, 1.31, 1.31, 1.31), (-1, 2.9, 2.9, 2.9),
+    (-1, 3.1, 3, 0), (2, 1.5, -2.6, 0), (-2, 0.1, 1.6, 0), (-2, 2, 4, 4), (-2, 10, 6, 0), (0, 5, 0, 0)])
+def test_T20_clip_on_both_sides_and_dual_clip(advantage, ratio, loss, slope):
+    logprobs = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1)
+    got, _ = grpo.grpo_loss(logprobs, zero, None, torch.tensor([float(advantage)]), one, clip_low=0.2, clip_high=0.3,
+                            dual_clip=3.0)
+    got.backward()
+    assert got.item() == pytest.approx(loss) and logprobs.grad.item() == pytest.approx(slope)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize("gap", [100.0, -100.0, 1e4, -1e4])
+def test_T21_extreme_log_probabilities_stay_finite(gap, advantage):
+    logprobs = torch.full((1, 2), -1e4, requires_grad=True)
+    old, reference = torch.tensor([[-1e4 - gap, -1e4]]), torch.tensor([[-1e4, -1e4 - gap]])
+    loss, stats = grpo.grpo_loss(logprobs, old, reference, torch.tensor([advantage]), torch.ones(1, 2), kl=0.01)
+    loss.backward()
+    assert all(value.isfinite().all() for value in (loss, logprobs.grad, *stats.values()))
+
+
+def test_T5_every_token_weighs_the_same_in_long_and_short_responses():
+    logprobs = torch.randn(2, 7, dtype=torch.float64).requires_grad_()
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    loss, _ = grpo.grpo_loss(logprobs, logprobs.detach(), None, torch.tensor([1.5, 1.5]), mask)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, -1.5 * mask.double())
+
+
+def test_what_stands_behind_the_mask_is_not_in_the_loss():
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    results = []
+    for junk in (0.0, -math.inf, math.nan):
+        logprobs = torch.linspace(-3, -1, 6).view(2, 3).masked_fill(mask == 0, junk).requires_grad_()
+        old, reference = logprobs.detach() - 0.1, logprobs.detach() + 0.2
+        loss, stats = grpo.grpo_loss(logprobs, old, reference, torch.tensor([1.0, -1.0]), mask)
+        loss.backward()
+        results.append([loss.item(), logprobs.grad.tolist(), {name: value.item() for name, value in stats.items()}])
+    assert results[0] == results[1] == results[2] and results[0][1][1][1:] == [0, 0]
+
+
+def test_T19_the_kl_term_is_k3_whose_expected_gradient_is_that_of_KL_from_reference_to_policy():
+    scores = torch.tensor([0.3, -1.2, 0.8], dtype=torch.float64).requires_grad_()
+    policy, reference = torch.log_softmax(scores, 0), torch.log_softmax(torch.tensor([-0.5, 0.4, 0.1]).double(), 0)
+    slopes = torch.zeros(3, dtype=torch.float64)
+    for action in range(3):                                 # the expectation over the policy, action by action
+        new, ref = policy[action].view(1, 1), reference[action].view(1, 1)
+        loss, _ = grpo.grpo_loss(new, new.detach(), ref, torch.zeros(1), torch.ones(1, 1), kl=1.0)
+        ratio = math.exp(float((reference - policy).detach()[action]))
+        assert loss.item() == pytest.approx(ratio - math.log(ratio) - 1) and loss.item() >= 0
+        slopes += policy[action].exp().detach() * torch.autograd.grad(loss, scores, retain_graph=True)[0]
+    wanted = torch.autograd.grad((reference.exp() * (reference - policy)).sum(), scores, retain_graph=True)[0]
+    torch.testing.assert_close(slopes, wanted)
+    k1 = torch.autograd.grad((policy.exp().detach() * (policy - reference)).sum(), scores)[0]
+    assert k1.abs().max() < 1e-12 < wanted.abs().max()      # a KL term k1 would do nothing on average
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one optimizer step
+
+
+class Capture:
+    """Stands for the optimizer: keeps the gradients of the step."""
+
+    def __init__(self, model):
+        self.model, self.gradients = model, {}
+
+    def step(self):
+        trained = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        self.gradients = {name: whole(grad).clone() for name, grad in trained}
+
+    def zero_grad(self):
+        self.model.zero_grad()
+
+
+def freeze(model, settings):
+    for part in (model.model.visual, model.point_embed, model.region_proj):
+        part.requires_grad_(settings.train_vision)
+    return model
+
+
+def make_reference(tokenizer):
+    """Another language model behind the same vision side."""
+    model, policy = make_model(tokenizer, 9).requires_grad_(False), make_model(tokenizer)
+    for name in ("model.visual", "point_embed", "region_proj"):
+        model.get_submodule(name).load_state_dict(policy.get_submodule(name).state_dict())
+    return model
+
+
+def take_step(tokenizer, groups, filler, settings):
+    """grpo.optimizer_step with the models of `make_groups` -> (what it returns, gradients)."""
+    model = run.shard(freeze(make_model(tokenizer), settings), CPU, settings.checkpointing).train()
+    reference = run.shard(make_reference(tokenizer), CPU) if settings.kl else None
+    optimizer = Capture(model)
+    banned = rules(tokenizer)[1]
+    stats = grpo.optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banned, settings, CPU)
+    return stats, optimizer.gradients
+
+
+def rules(tokenizer):
+    """Many stop ids, so that a random model's responses end at many lengths; what is never sampled."""
+    return torch.arange(20, 60), eval.token_rules(make_model(tokenizer), tokenizer, CPU)[1]
+
+
+def make_groups(tokenizer):
+    """Four groups, for 2, 0, 1 and 3 regions; random rewards, and old log-probabilities far enough for the clip."""
+    model, generator = run.shard(make_model(tokenizer), CPU), torch.Generator().manual_seed(1)
+    with run.gathered(model):
+        groups = grpo.sample_groups(model, ROWS, tokenizer, make_processor(), rules(tokenizer), BASE, generator, CPU)
+    for group in groups:
+        group["rewards"] = torch.rand(GROUP, generator=generator)
+        group["old"] = group["old"] + 0.6 * torch.randn(group["old"].shape, generator=generator)
+    return groups
+
+
+@pytest.fixture(scope="module")
+def groups(tokenizer):
+    return make_groups(tokenizer)
+
+
+def plain_step(tokenizer, groups, settings):
+    """The step's loss and gradients by the formula: group by group, response by response, token by token."""
+    model, reference = freeze(make_model(tokenizer), settings), make_reference(tokenizer)
+    total, count, outside, banned = 0, 0, 0, rules(tokenizer)[1]
+    for group in groups:
+        rewards = group["rewards"].tolist()
+        for n, reward in enumerate(rewards):
+            advantage = (reward - statistics.mean(rewards)) / (statistics.stdev(rewards) + 1e-6)
+            length = int(group["mask"][n].sum())
+            inputs = (group["sample"], group["tokens"][n, :length], tokenizer, banned, settings.temperature)
+            logprobs, (fixed, _) = one_by_one(model, *inputs)[0], one_by_one(reference, *inputs)
+            for new, old, ref in zip(logprobs, group["old"][n], fixed.detach()):
+                ratio, gap = (new - old).exp(), ref - new
+                objective = min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage)
+                if advantage < 0:
+                    objective = max(objective, torch.tensor(3 * advantage).double())
+                total, count = total - objective + settings.kl * (gap.exp() - gap - 1), count + 1
+                outside += int(not 0.8 < ratio < 1.3)
+    assert outside > 5                                      # the clip takes part
+    return (total / count).item(), count, gradients(model, total / count)
+
+
+@pytest.fixture(scope="module")
+def plain(tokenizer, groups):
+    variants = {vision: dataclasses.replace(BASE, train_vision=vision) for vision in (False, True)}
+    return {vision: plain_step(tokenizer, groups, settings) for vision, settings in variants.items()}
+
+
+def assert_same_step(got, expected, trained):
+    (stats, slopes), (loss, tokens, wanted) = got, expected
+    assert set(slopes) == set(wanted) and len(wanted) == trained
+    for name in wanted:
+        assert (slopes[name] - wanted[name]).norm() < 1e-5 * wanted[name].norm(), name
+    assert stats["tokens"] == tokens and stats["loss"] == pytest.approx(loss, rel=1e-5)      # T26: the whole step's
+    assert stats["grad_norm"] == pytest.approx(norm_of(wanted), rel=1e-5)
+
+
+def norm_of(slopes):
+    return torch.cat([slope.flatten() for slope in slopes.values()]).norm().item()
+
+
+def budget(groups, passes):
+    """A number of tokens that cuts the groups into so many passes."""
+    return next(tokens for tokens in range(1, 10**5, 25) if len(grpo.micro_batches(groups, tokens)) == passes)
+
+
+def number_of_parameters(tokenizer, vision):
+    model = freeze(make_model(tokenizer), dataclasses.replace(BASE, train_vision=vision))
+    return sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("vision, checkpointing", [(False, False), (True, False), (False, True)])
+def test_T3_T29_any_micro_batching_gives_the_plain_gradient(vision, checkpointing, tokenizer, groups, plain):
+    for passes in (1, 2, 4):
+        settings = dataclasses.replace(BASE, micro_tokens=budget(groups, passes), train_vision=vision,
+                                       checkpointing=checkpointing)
+        step = take_step(tokenizer, groups, groups[0], settings)
+        assert_same_step(step, plain[vision], number_of_parameters(tokenizer, vision))
+
+
+def test_T18_the_first_inner_step_has_ratio_one_and_no_divergence(tokenizer):
+    model, reference, the_rules = *(run.shard(make_model(tokenizer), CPU) for _ in range(2)), rules(tokenizer)
+    with run.gathered(model):
+        groups = grpo.sample_groups(model, ROWS, tokenizer, make_processor(), the_rules, BASE, torch.Generator(), CPU)
+    groups[0]["rewards"] = torch.tensor([1.0, 0, 0, 0])
+    model.train()
+    step = (groups, groups[0], tokenizer, the_rules[1], BASE, CPU)
+    stats = grpo.optimizer_step(model, reference, Capture(model), *step)
+    assert abs(stats["ratio"] - 1) < 1e-6 and stats["clipped"] == 0 and stats["mismatch"] < 1e-6
+    assert stats["kl"] < 1e-12 and stats["grad_norm"] > 1e-3
+
+
+def test_T17_a_batch_where_all_responses_are_cut_off_is_trained_as_it_is(tokenizer):
+    model, never_stop = run.shard(make_model(tokenizer), CPU), (NEVER, rules(tokenizer)[1])
+    with run.gathered(model):
+        groups = grpo.sample_groups(model, ROWS, tokenizer, make_processor(), never_stop, BASE, torch.Generator(), CPU)
+    assert all(group["cut"] == GROUP and group["mask"].all() for group in groups)
+    groups[0]["rewards"] = torch.tensor([1.0, 0, 0, 0])
+    stats, slopes = take_step(tokenizer, groups, groups[0], BASE)
+    assert stats["tokens"] == 4 * GROUP * BASE.max_new_tokens and all(g.isfinite().all() for g in slopes.values())
+
+
+def test_a_step_without_any_group_changes_nothing_and_a_non_finite_gradient_is_skipped(tokenizer, groups):
+    assert take_step(tokenizer, [], groups[0], BASE) == (None, {})
+    broken = [{**groups[0], "rewards": groups[0]["rewards"] * math.nan}]
+    assert take_step(tokenizer, broken, groups[0], BASE)[1] == {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the cold start
+
+
+def start_rows():
+    long = "<think>" + "red blue green " * 9 + "</think>\n<answer>B</answer>"
+    return [{**row, "conversations": [row["conversations"][0], {"from": "gpt", "value": text}]}
+            for row, text in zip(ROWS, ["0.5", long, "<think>It is near.</think>\n<answer>0.4</answer>", long])]
+
+
+def cold_start(tokenizer, folder, micro_tokens):
+    """Two steps of sft.train on all four rows -> its two log lines."""
+    settings = dataclasses.replace(sft.Settings(), out=str(folder), steps=2, batch=4, micro_tokens=micro_tokens,
+                                   lr=1e-3, clip=1e9, pretrain=0)
+    sft.train(settings, make_model(tokenizer), tokenizer, make_processor(), [("rows", start_rows(), 1.0)], CPU)
+    return [json.loads(line) for line in open(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def start(tokenizer, tmp_path_factory):
+    return cold_start(tokenizer, tmp_path_factory.mktemp("start"), 10**9)
+
+
+def test_T3_cold_start_loss_is_the_mean_over_target_tokens_of_the_whole_batch(tokenizer, start, tmp_path):
+    model, total, count = make_model(tokenizer), 0, 0
+    for row in start_rows():
+        sample = data.encode(row, tokenizer, make_processor(), train=True)
+        assert sample["target"][-1] == tokenizer.eos_token_id
+        total = total - one_by_one(model, sample, sample["target"], tokenizer, NEVER)[0].sum()
+        count += len(sample["target"])
+    norm = norm_of(gradients(model, total / count))
+    for lines in (start, cold_start(tokenizer, tmp_path, 1)):                                # one pass, four passes
+        assert lines[0]["loss"] == pytest.approx(total.item() / count, rel=1e-5)
+        assert lines[0]["grad_norm"] == pytest.approx(norm, rel=1e-4) and lines[0]["tokens"] == count
+        assert lines[1]["loss"] == pytest.approx(start[1]["loss"], rel=1e-5) != lines[0]["loss"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# two processes. Every split of the four groups must give the same gradient; a hang ends after a minute.
+
+SPLITS = {  # groups of rank 0, groups of rank 1, most passes of a rank, is the vision side trained?
+    "T1_T4_two_and_two": ([0, 1], [2, 3], 1, False), "T22_three_passes_and_one": ([0, 2, 3], [1], 3, False),
+    "T22_all_groups_of_a_rank_dropped": ([0, 1, 2, 3], [], 2, False),
+    "T23_no_region_on_one_rank": ([0, 2, 3], [1], 1, True)}
+
+
+class Same:
+    """A blend in which every position holds the same row; remembers what was asked for."""
+
+    def __init__(self):
+        self.positions = []
+
+    def __getitem__(self, position):
+        self.positions.append(position)
+        return ROWS[0]
+
+
+def train_unevenly(tokenizer, folder):
+    """grpo.train; rank 1 samples longer responses and its groups are ties -> (first tokens, positions, weights)."""
+    sample, seen, blend = grpo.sample_groups, [], Same()
+
+    def sample_groups(model, rows, tokenizer, processor, rules, settings, generator, device):
+        settings = dataclasses.replace(settings, max_new_tokens=4 + 7 * run.rank())
+        groups = sample(model, rows, tokenizer, processor, (NEVER, rules[1]), settings, generator, device)
+        for group in groups:
+            group["rewards"] = torch.arange(float(GROUP)) * (1 - run.rank())
+        seen.append(groups[0]["tokens"])
+        return groups
+
+    grpo.sample_groups = sample_groups
+    settings = dataclasses.replace(BASE, out=f"{folder}/out", steps=2, prompts=4, minibatches=2, filter="spread",
+                                   rounds=2, lr=1e-3)
+    model = grpo.train(settings, make_model(tokenizer), tokenizer, make_processor(), blend, CPU)
+    return seen[0], blend.positions, {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def worker(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
+                            timeout=datetime.timedelta(seconds=60))
+    run.setup(0)
+    torch.set_num_threads(1)
+    tokenizer, groups = torch.load(f"{folder}/in.pt", weights_only=False)
+    out = {"start": cold_start(tokenizer, Path(folder) / "start", 100)}
+    for name, (*split, passes, vision) in SPLITS.items():
+        first, mine = ([groups[i] for i in split[r]] for r in (0, rank))
+        settings = dataclasses.replace(BASE, micro_tokens=budget(first, passes), train_vision=vision)
+        out[name] = take_step(tokenizer, mine, groups[rank], settings)
+    out["train"] = train_unevenly(tokenizer, folder)
+    torch.save(out, f"{folder}/out{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tokenizer, groups, tmp_path_factory):
+    """What two processes computed, rank by rank."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.save((tokenizer, groups), folder / "in.pt")
+    torch.multiprocessing.spawn(worker, args=(str(folder),), nprocs=2)
+    return folder, [torch.load(folder / f"out{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_two_processes_give_the_gradient_of_one(name, two, plain, tokenizer):
+    vision = SPLITS[name][3]
+    for results in two[1]:
+        assert_same_step(results[name], plain[vision], number_of_parameters(tokenizer, vision))
+
+
+def test_T4_cold_start_on_two_processes_equals_one(two, start):
+    for one, other in zip(start, two[1][0]["start"]):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+def test_T24_ranks_sample_differently_and_T22_T28_train_together_on_unequal_groups(two, tokenizer):
+    (first, asked, weights), (second, also, same) = (results["train"] for results in two[1])
+    assert sorted(asked + also) == list(range(2 * 2 * 4))   # no position of the blend twice, none left out
+    assert first.shape == (GROUP, 4) and second.shape == (GROUP, 11) and not torch.equal(first, second[:, :4])
+    before = dict(make_model(tokenizer).named_parameters())
+    assert all(torch.equal(weights[name], same[name]) for name in weights)                   # the ranks did not drift
+    assert not any(torch.equal(weights[name], before[name]) for name in weights if "layernorm" in name)
+    lines = [json.loads(line) for line in open(two[0] / "out" / "metrics.jsonl")]
+    assert len(lines) == 2 and all(math.isfinite(line["loss"]) for line in lines)
+    assert all(line["kept"] == 2 / 8 for line in lines)     # of four prompts in each of two rounds
