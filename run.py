@@ -82,6 +82,8 @@ def world():
 
 def setup(seed):
     """Join the processes (one without torchrun), pick this rank's device, seed every generator. -> device"""
+    if not 0 <= seed < 80:                                  # more would reach into the held-out scenes (eval.held_out)
+        raise UserError(f"--seed {seed}: needs 0 to 79")
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
         if "RANK" in os.environ:                            # torchrun
@@ -226,6 +228,7 @@ def load_model(name):
         if config.model_type != "qwen3_vl":
             raise UserError(f"--model {name}: a {config.model_type} model; only Qwen3-VL is supported")
         tokenizer, processor = AutoTokenizer.from_pretrained(name), Qwen2VLImageProcessorPil.from_pretrained(name)
+        config.text_config.attention_dropout = 0.0          # scoring runs in train mode and must not drop anything
         if not hasattr(config, "region_token_id"):          # a stock checkpoint: its embedding has spare rows
             tokenizer.add_tokens([data.REGION], special_tokens=True)
             config.region_token_id = tokenizer.convert_tokens_to_ids(data.REGION)

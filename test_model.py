@@ -23,7 +23,7 @@ import data
 import eval
 import model as model_file
 import run
-from model import RegionVLM, encode_points, point_map, region_weights, rollout, to_patches, token_logprobs
+from model import RegionVLM, point_map, region_weights, rollout, to_patches, token_logprobs
 
 PATCH, MERGE, NEVER = 8, 2, torch.tensor([], dtype=torch.long)
 MARKS = ["red bbox", "blue bbox", "green bbox"]

@@ -321,7 +321,7 @@ def test_T3_cold_start_loss_is_the_mean_over_target_tokens_of_the_whole_batch(to
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# two processes. Every split of the four groups must give the same gradient; a hang ends after a minute.
+# two processes. Every split of the four groups must give the same gradient; a hang ends after two minutes.
 
 SPLITS = {  # groups of rank 0, groups of rank 1, most passes of a rank, is the vision side trained?
     "T1_T4_two_and_two": ([0, 1], [2, 3], 1, False), "T22_three_passes_and_one": ([0, 2, 3], [1], 3, False),
@@ -361,7 +361,7 @@ def train_unevenly(tokenizer, folder):
 
 def worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2,
-                            timeout=datetime.timedelta(seconds=60))
+                            timeout=datetime.timedelta(seconds=120))
     run.setup(0)
     torch.set_num_threads(1)
     tokenizer, groups = torch.load(f"{folder}/in.pt", weights_only=False)
