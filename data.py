@@ -348,6 +348,12 @@ def scenes_source(path):
     return os.path.basename(path), rows, 1.0
 
 
+def user_sources(settings):
+    """The sources of --data and --scenes: [(name, rows, weight), ...], empty without either."""
+    sources = [file_source(spec, settings.skip_bad_rows) for spec in settings.data]
+    return sources + ([scenes_source(settings.scenes)] if settings.scenes else [])
+
+
 class World:
     """The embedded world as a list of instances of one kind: "lor", "dtr", or "grounding" (see questions.py).
 

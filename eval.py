@@ -278,15 +278,11 @@ def main():
         return compare(settings.compare)
     device = run.setup(settings.seed)
     model, tokenizer, processor = run.load_model(settings.model)
-    if settings.scenes:
-        rows = data.scenes_source(settings.scenes)[1]
-    elif settings.data:
-        rows = [row for file in settings.data for row in data.file_source(file, settings.skip_bad_rows)[1]]
-    else:
-        rows = held_out(settings.questions, round(processor.size["longest_edge"] ** 0.5))
+    rows = [row for _, part, _ in data.user_sources(settings) for row in part]
+    rows = rows or held_out(settings.questions, run.image_side(processor))
     rows = [row for row in rows if settings.path in ("both", data.path_of(row))]
     if not rows:
-        raise run.UserError("nothing to answer: no row of this path, or no scene with at least three objects")
+        raise run.UserError("nothing to answer: no row of this path, or no question asked for")
     results = answer(run.shard(model, device), tokenizer, processor, rows, device, settings)
     show_table((settings.model, make_table(results)))
     if settings.json:

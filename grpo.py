@@ -18,7 +18,6 @@ Differences from the paper's release:
 5. The vision side is frozen and its features are computed once a step, for rollout, policy and reference. No warm-up.
 """
 import copy
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -265,18 +264,15 @@ def cold_start(settings, device):
     run.say(f"no cold start in {settings.model}: making one first (sft.py)")
     if settings.size == "tiny" and device.type == "cpu":
         run.say("the whole run takes about 26 minutes on two cores: cold start 15, GRPO 9, evaluation 2")
-    made = sft.Settings(**{f.name: f.default_factory() for f in sft.Settings.__dataclass_fields__.values()})
-    made.out, made.size, made.seed = settings.model, settings.size, settings.seed
+    made = sft.Settings(out=settings.model, size=settings.size, seed=settings.seed)
     model, tokenizer, processor = run.new_model(made.size, made.seed)
     sft.train(made, model, tokenizer, processor, sft.sources_of(made, run.image_side(processor)), device)
 
 
 def sources_of(settings, side):
     """The blend of --data and --scenes, or fresh questions of the embedded world, none twice."""
-    sources = [data.file_source(spec, settings.skip_bad_rows) for spec in settings.data]
-    sources += [data.scenes_source(settings.scenes)] if settings.scenes else []
     count = settings.prompts * settings.steps * settings.rounds
-    return sources or data.rl_blend(count, 10**8 + settings.seed * 10**7, side)
+    return data.user_sources(settings) or data.rl_blend(count, 10**8 + settings.seed * 10**7, side)
 
 
 def main():
@@ -292,8 +288,7 @@ def main():
     model, tokenizer, processor = run.load_model(settings.model)
     blend = data.Blend(sources_of(settings, run.image_side(processor)), settings.seed)
     held_out = eval.held_out(settings.questions, run.image_side(processor)) if settings.questions else []
-    asked = eval.Settings(**{f.name: f.default_factory() for f in eval.Settings.__dataclass_fields__.values()})
-    asked.max_new_tokens = settings.max_new_tokens
+    asked = eval.Settings(max_new_tokens=settings.max_new_tokens)
     if held_out:
         start = run.shard(copy.deepcopy(model), device)
         before = eval.answer(start, tokenizer, processor, held_out, device, asked, "cold start")

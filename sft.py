@@ -12,8 +12,6 @@ pretrained VLM to start from, so a small new one first learns perception (short 
 cold start is imperfect in the way that real ones are: few annotated scenes; centres as a depth sensor sees them.
 """
 import math
-import os
-import time
 from dataclasses import dataclass
 
 import torch
@@ -136,9 +134,7 @@ def train(settings, model, tokenizer, processor, sources, device):
 
 def sources_of(settings, size):
     """The blend of --data and --scenes, or the embedded world's."""
-    sources = [data.file_source(spec, settings.skip_bad_rows) for spec in settings.data]
-    sources += [data.scenes_source(settings.scenes)] if settings.scenes else []
-    return sources or data.cold_start_blend(settings.traces, first=settings.seed * 10**6, size=size)
+    return data.user_sources(settings) or data.cold_start_blend(settings.traces, first=settings.seed * 10**6, size=size)
 
 
 def main():
