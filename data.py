@@ -382,21 +382,30 @@ class World:
         return [r for r in questions.questions(scene, k, self.sensor, [task]) if path_of(r) == self.kind]
 
 
-def perception_blend(scenes, first, size):
-    """Short questions without reasoning: what a stock VLM knows already. 3D centres are the depth sensor's own."""
-    parts = [("center", 5), ("region_qa", 2), ("mark_qa", 5), ("listing", 3), ("ground2d", 1), ("vqa", 4)]
-    return [(task, World("grounding", [task], first, scenes, per, size, sensor=True), 1.0) for task, per in parts]
+def perception_stages(scenes, first, size):
+    """Short questions without reasoning, in place of a stock VLM's pretraining, easy before hard: what a region token
+    holds; what the picture shows, and in its marks; where things are, and how to compute with that. 3D centres are the
+    depth sensor's own. [(share of the steps, sources), ..]"""
+    stages = [(0.2, [("region_qa", 1)]), (0.3, [("region_qa", 1), ("listing", 3), ("mark_qa", 3)]),
+              (0.5, [("region_qa", 1), ("listing", 3), ("mark_qa", 4), ("center", 5), ("ground2d", 1), ("derive", 8)])]
+    return [(share, [(task, World("grounding", [task], first, scenes, per, size, sensor=True), 1.0)
+                     for task, per in parts]) for share, parts in stages]
 
 
-def cold_start_blend(scenes, first, size):
-    """The cold-start mixture over a fixed set of scenes, centres as a sensor sees them: [(name, rows, weight), ...]."""
+def cold_start_blend(traces, scenes, first, size):
+    """The cold-start mixture, centres as a sensor sees them: [(name, rows, weight), ...]. Scenes with reasoning traces
+    are few (`traces`); grounding and VQA, which need no reasoning, come from all `scenes`."""
     region, general = questions.REGION, questions.GENERAL
-    parts = [("lor_region", "lor", region, 6), ("lor_general", "lor", general, 6), ("dtr_region", "dtr", region, 8),
-             ("dtr_general", "dtr", general, 1), ("center", "grounding", ["center"], 2),
-             ("box3d", "grounding", ["box3d"], 1), ("ground2d", "grounding", ["ground2d"], 1),
-             ("region_qa", "grounding", ["region_qa"], 1), ("mark_qa", "grounding", ["mark_qa"], 3),
-             ("listing", "grounding", ["listing"], 1), ("vqa", "grounding", ["vqa"], 3)]
-    return [(name, World(kind, tasks, first, scenes, per, size, sensor=True), 1.0) for name, kind, tasks, per in parts]
+    parts = [("lor_region", "lor", region, 6), ("lor_general", "lor", general, 5), ("dtr_region", "dtr", region, 8),
+             ("dtr_general", "dtr", general, 1)]
+    parts += [(task, "grounding", [task], per) for task, per in (
+        ("center", 2), ("box3d", 1), ("ground2d", 1), ("region_qa", 2), ("mark_qa", 3), ("listing", 5), ("vqa", 1),
+        ("derive", 4))]
+    blend = []
+    for name, kind, tasks, per in parts:
+        count = scenes if kind == "grounding" else traces
+        blend.append((name, World(kind, tasks, first, count, per, size, sensor=True), traces / count))
+    return blend
 
 
 def rl_blend(count, first, size):

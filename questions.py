@@ -7,7 +7,7 @@ about marked objects, five general ones about the whole image; the grounding fam
 The paper has its traces written by an expert model and does not check them. Here they follow from the annotation, so
 each ends in its own answer and its arithmetic is right as written.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 import numpy as np
@@ -67,6 +67,10 @@ def how_far(depth):
     return pick(["very near", "near", "at middle range", "far", "very far"], [2.2, 3.5, 5, 6.3], depth)
 
 
+def apart(gap):
+    return pick(["almost touching", "close together", "some way apart", "far apart"], [0.8, 1.5, 2.8], gap)
+
+
 def place(obj, mark):
     """What a mark holds, in words: the evidence of the language-only path."""
     x, y, z = obj["center"]
@@ -103,7 +107,6 @@ def ask_distance(rng, objects):
     gap = float(np.linalg.norm(a["center"] - b["center"]))
     if gap < 0.5:                                           # a tenth of a metre is too coarse for a table top
         return None
-    apart = pick(["almost touching", "close together", "some way apart", "far apart"], [0.8, 1.5, 2.8], gap)
 
     def solve(c):
         text, total = squared_distance(c[0], c[1])
@@ -111,7 +114,7 @@ def ask_distance(rng, objects):
         return f"{text}\nroot:{root}", root
 
     return Ask("What is the distance between the red bbox and the blue bbox in meters?", f"{gap:.2f}", [a, b],
-               f"{place(a, MARKS[0])} {place(b, MARKS[1])} They are {apart}.", solve)
+               f"{place(a, MARKS[0])} {place(b, MARKS[1])} They are {apart(gap)}.", solve)
 
 
 def ask_nearer(rng, objects):
@@ -129,7 +132,8 @@ def ask_nearer(rng, objects):
         win = MARKS[1 + (t < s)]
         return f"blue:{one}\ngreen:{two}\n{win} is nearer.", letter(options, win)
 
-    words = " ".join(place(o, m) for o, m in zip((a, b, c), MARKS))
+    words = place(a, MARKS[0]) + "".join(f" {place(o, mark)} They are {apart(gap)}."
+                                         for o, mark, gap in zip((b, c), MARKS[1:], gaps))
     return Ask("Which is nearer to the red bbox?" + show(options), letter(options, best), [a, b, c],
                f"{words} {best} is nearer.", solve)
 
@@ -157,24 +161,22 @@ def ask_closer(rng, objects):
     a, b = rng.choice(objects, 2, replace=False)
     if abs(a["center"][2] - b["center"][2]) < MARGIN:
         return None
-    far = bool(rng.integers(2))
     options = MARKS[:2]
-    best = MARKS[int((a["center"][2] > b["center"][2]) != far)]
+    best = MARKS[int(a["center"][2] > b["center"][2])]
 
     def solve(c):
         p, q = c[0][2], c[1][2]
         if p == q:
             return None
-        win = MARKS[int((p > q) != far)]
+        win = MARKS[int(p > q)]
         return f"z:{meters(p)}{'<>'[p > q]}{meters(q)}, {win}.", letter(options, win)
 
-    words = f"{place(a, MARKS[0])} {place(b, MARKS[1])} {best} is {'farther' if far else 'closer'}."
-    return Ask(f"Which is {'farther from' if far else 'closer to'} the camera?" + show(options), letter(options, best),
-               [a, b], words, solve)
+    words = f"{place(a, MARKS[0])} {place(b, MARKS[1])} {best} is closer."
+    return Ask("Which is closer to the camera?" + show(options), letter(options, best), [a, b], words, solve)
 
 
 def listing(objects):
-    """All objects of the image in words, from left to right."""
+    """What the image holds in words, from large to small in the picture: what catches the eye comes first."""
     return "I see: " + ", ".join(map(name, objects)) + "."
 
 
@@ -184,10 +186,10 @@ def ask_count(rng, objects):
     return Ask("How many objects are in the image?", n, [], f"{listing(objects)} {words}", lambda c: (words, n))
 
 
-def general(text, options, best, words, before=""):
+def general(text, options, best, words, objects):
     """A multiple-choice question about the whole image."""
     right = letter(options, best)
-    return Ask(text + show(options), right, [], before + words, lambda c: (words, right))
+    return Ask(text + show(options), right, [], f"{listing(objects)} {words}", lambda c: (words, right))
 
 
 def ask_exist(rng, objects):
@@ -196,7 +198,8 @@ def ask_exist(rng, objects):
     there = bool(rng.integers(2)) or not unseen
     color = str(rng.choice(seen if there else unseen))
     verdict = "yes" if there else "no"
-    return general(f"Is anything {color} in the image?", ["yes", "no"], verdict, f"Anything {color}: {verdict}.")
+    return general(f"Is anything {color} in the image?", ["yes", "no"], verdict, f"Anything {color}: {verdict}.",
+                   objects)
 
 
 def ask_color(rng, objects):
@@ -204,15 +207,14 @@ def ask_color(rng, objects):
     if not alone:
         return None
     a = rng.choice(alone)
-    return general(f"What color is the {a['label']}?", list(COLORS), a["color"], f"The {a['label']}: {a['color']}.")
+    return general(f"What color is the {a['label']}?", list(COLORS), a["color"], f"The {a['label']}: {a['color']}.",
+                   objects)
 
 
 def ask_shape(rng, objects):
-    alone = [o for o in objects if sum(p["color"] == o["color"] for p in objects) == 1]
-    if not alone:
-        return None
-    a = rng.choice(alone)
-    return general(f"What shape is the {a['color']} one?", SHAPES, a["label"], f"The {a['color']} one: {a['label']}.")
+    a = rng.choice(objects)
+    return general(f"What shape is the {a['color']} one?", SHAPES, a["label"], f"The {a['color']} one: {a['label']}.",
+                   objects)
 
 
 def ask_more(rng, objects):
@@ -222,7 +224,7 @@ def ask_more(rng, objects):
     options = [f"{shape}s" for shape in SHAPES]
     best = options[int(np.argmax(counts))]
     words = ", ".join(f"{o} {n}" for o, n in zip(options, counts))
-    return general("Which are there most of?", options, best, f"{words}: {best}.", f"{listing(objects)} ")
+    return general("Which are there most of?", options, best, f"{words}: {best}.", objects)
 
 
 REGION = {"depth": ask_depth, "move": ask_move, "distance": ask_distance, "nearer": ask_nearer, "axis": ask_axis,
@@ -235,7 +237,10 @@ def box_line(point, label):
     return f'<3d_box center="{",".join(meters(v) for v in point)}">{label}</3d_box>'
 
 
-def detect_block(lines):
+def detect_block(objects, marked):
+    """The detections of a DTR response; `marked`: the objects carry MARKS[0], MARKS[1], .."""
+    tags = [f" ({mark})" for mark in MARKS] if marked else [""] * len(objects)
+    lines = [box_line(tenths(o["center"]), name(o) + tag) for o, tag in zip(objects, tags)]
     return "<detect>" + "\n".join([f"Find {len(lines)} relevant objects:", *lines]) + "</detect>\n"
 
 
@@ -273,10 +278,10 @@ def stream(scene, *numbers):
 
 
 def annotated(scene, sensor):
-    """The scene's objects from left to right; with `sensor` their centre is the mean of the visible surface."""
+    """The scene's objects from large to small in the picture; with `sensor`, centres are means of visible surfaces."""
     seen = [o for o in scene.objects if not sensor or o["surface"] is not None]
     objects = [{**o, "center": np.asarray(o["surface" if sensor else "center"], float)} for o in seen]
-    return sorted(objects, key=lambda o: o["box"][0] + o["box"][2])
+    return sorted(objects, key=lambda o: (o["box"][0] - o["box"][2]) * (o["box"][3] - o["box"][1]))
 
 
 def questions(scene, seed, sensor=False, tasks=None):
@@ -288,25 +293,26 @@ def questions(scene, seed, sensor=False, tasks=None):
     """
     rows, objects = [], annotated(scene, sensor)
     for index, (task, family) in enumerate({**REGION, **GENERAL}.items()):
-        if tasks and task not in tasks or len(objects) < NEEDS.get(task, 1):
-            continue
-        if task in GENERAL and not all(o["color"] for o in objects):                         # real pictures
+        if tasks and task not in tasks or not can_ask(task, objects):
             continue
         ask = family(stream(scene, seed, index), objects)
         solved = ask and ask.solve(tenths_of(ask.marked))
         if not solved:
             continue
-        listed = ask.marked or objects
         rows.append(instance(scene, "lor", task, ask.text, finish(ask.words, rounded(ask.answer)), ask.marked,
                              answer=ask.answer))
-        tags = [f" ({mark})" for mark in MARKS] if ask.marked else [""] * len(objects)
-        lines = [box_line(c, name(o) + tag) for c, o, tag in zip(tenths_of(listed), listed, tags)]
+        found = detect_block(ask.marked or objects, ask.marked)
         truth = {mark.replace(" ", "_"): {"bbox_2d": thousandths(o["box"], scene.image), "label": o["label"],
                                           "center_cam": [round(float(v), 4) for v in o["center"]],
                                           "instance_name": name(o)} for mark, o in zip(MARKS, ask.marked)}
-        rows.append(instance(scene, "dtr", task, ask.text, detect_block(lines) + finish(*solved), ask.marked,
+        rows.append(instance(scene, "dtr", task, ask.text, found + finish(*solved), ask.marked,
                              answer=ask.answer, bbox=[], **{"3d_pos": truth}))
     return rows
+
+
+def can_ask(task, objects):
+    """Enough objects for this family? And colors, which objects of real pictures have none of?"""
+    return len(objects) >= NEEDS.get(task, 1) and (task in REGION or all(o["color"] for o in objects))
 
 
 def tenths_of(objects):
@@ -324,12 +330,14 @@ def grounding(scene, seed, sensor=False):
     if not objects:
         return rows
     rng = stream(scene, seed, 99)
-    marked = list(rng.permutation(objects)[:rng.choice([1, 1, 1, 2, 3])])
+    several = list(rng.permutation(objects)[:len(MARKS)])
+    marked = several[:rng.choice([1, 1, 1, 2, 3])]
     marks = ", ".join(MARKS[:len(marked)])
     lines = [box_line(tenths(o["center"]), f"{name(o)} ({mark})") for o, mark in zip(marked, MARKS)]
-    names = ", ".join(map(name, marked))
+    names = ", ".join(map(name, several))
     rows.append(instance(scene, "center", "center", f"Give the 3D center: {marks}.", "\n".join(lines), marked, bbox=[]))
-    rows.append(instance(scene, "region", "region_qa", f"What is in the region: {marks}?", names, marked, bbox=[]))
+    rows.append(instance(scene, "region", "region_qa", f"What is in each region: {', '.join(MARKS[:len(several)])}?",
+                         names, several, bbox=[]))
     seen = " ".join(place(o, mark) for o, mark in zip(marked, MARKS))
     rows.append(instance(scene, "mark", "mark_qa", f"What is in the region: {marks}?", seen, marked))
     size = ",".join(meters(v) for v in tenths(marked[0]["size"]))
@@ -344,6 +352,21 @@ def grounding(scene, seed, sensor=False):
         rows.append(instance(scene, "listing", "listing", "What is in the image?", listing(objects)))
         asks = [family(stream(scene, seed, 50 + index), objects) for index, family in enumerate(GENERAL.values())]
         rows += [instance(scene, task, "vqa", ask.text, ask.answer) for task, ask in zip(GENERAL, asks) if ask]
+    return rows + derivations(scene, seed, objects)
+
+
+def derivations(scene, seed, objects):
+    """-> instances in which the text gives what a response would first find, coordinates or a listing, and only the
+    conclusion is asked for. Every instance has a picture; theirs is a small blank one."""
+    rows, blank = [], replace(scene, image=np.zeros((16, 16, 3), np.uint8), depth=None)
+    for index, (task, family) in enumerate({**REGION, **GENERAL}.items()):
+        if not can_ask(task, objects):
+            continue
+        ask = family(stream(scene, seed, 70 + index), objects)
+        solved = ask and ask.solve(tenths_of(ask.marked))
+        if solved:
+            given = detect_block(ask.marked, True) if ask.marked else listing(objects)
+            rows.append(instance(blank, task, "derive", f"{ask.text}\n{given}", f"<think>{solved[0]}</think>"))
     return rows
 
 

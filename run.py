@@ -160,7 +160,7 @@ def gathered(model):
 # The embedded default models: picture side, patch, merge; vision and text (width, layers, MLP, heads); and what goes
 # with them unless a flag says otherwise: rows and learning rate of an SFT step, prompts of a GRPO step.
 SIZES = {
-    "tiny": dict(image=96, patch=8, merge=2, vision=(64, 3, 160, 2), text=(128, 3, 352, 4),
+    "tiny": dict(image=96, patch=8, merge=3, vision=(64, 3, 160, 2), text=(128, 3, 352, 4),
                  batch=64, sft_lr=2e-3, prompts=48),
     "small": dict(image=128, patch=8, merge=2, vision=(256, 6, 768, 4), text=(384, 8, 1024, 6),
                   batch=128, sft_lr=6e-4, prompts=128),

@@ -17,13 +17,13 @@ from PIL import Image
 COLORS = {"orange": (250, 125, 15), "yellow": (250, 225, 40), "purple": (150, 50, 180), "white": (250, 250, 250),
           "cyan": (50, 215, 215), "pink": (250, 150, 190)}   # unlike each other, ground, sky, and the colours of marks
 SHAPES = {"cube": ((0, 1, 2), ()), "sphere": ((), (0, 1, 2)), "cylinder": ((1,), (0, 2))}   # flat axes, round axes
-SIZE = (0.4, 1.1)           # metres, full length of a side or a diameter
+SIZE = (0.5, 1.4)           # metres, full length of a side or a diameter
 CAMERA_HEIGHT = (1.0, 2.2)  # metres above the ground
 DISTANCE = (1.5, 6.5)       # metres along the ground from camera to object
 FLOATING = 0.25             # share of objects in the air: gives "above" and "below" a meaning
 LIFT = (0.2, 1.0)           # metres between the ground and a floating object
 FAR = 12.0                  # metres; beyond is sky without depth, as for a depth camera
-MIN_PIXELS = 40 / 96**2     # of the image, and
+MIN_PIXELS = 80 / 96**2     # of the image, and
 MIN_VISIBLE = 0.5           # of the object itself: an object that shows less is dropped
 LIGHT = np.array([-0.52, -0.82, -0.24])   # unit vector to the lamp before pitching: left, above, on the camera's side
 STICK_OUT = 0.05            # real boxes may leave the image by this share of its side and are clipped; more is an error
@@ -76,7 +76,7 @@ def random_object(rng, height, level, half_width, colors):
     x = rng.uniform(-1, 1) * half_width * z
     yaw = rng.uniform(0, np.pi / 2) if shape == "cube" else 0.0
     turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
-    return {"label": shape, "color": str(rng.choice(list(colors))), "size": size,
+    return {"label": shape, "color": str(rng.choice(colors)), "size": size,
             "center": level @ (x, height - size[1] / 2 - lift, z), "rotation": level @ turn}
 
 
@@ -133,7 +133,7 @@ def background(rng, rays, height, level):
     directions = rays @ level                               # (H, W, 3) in the level frame
     depth = height / np.maximum(directions[..., 1], height / (2 * FAR))
     dark = np.floor(directions * depth[..., None])[..., ::2].sum(-1) % 2
-    tile, sky = rng.uniform(70, 115) * np.array([1, 0.92, 0.8]), rng.uniform(130, 170) * np.array([0.7, 1, 1.15])
+    tile, sky = rng.uniform(70, 115) * np.array([1, 0.92, 0.8]), rng.uniform(120, 150) * np.array([0.93, 1, 1.07])
     depth[depth > FAR] = np.inf
     return depth, np.where(np.isinf(depth)[..., None], sky, tile * (1 - 0.2 * dark[..., None]))
 
@@ -149,16 +149,18 @@ def composite(layers, depth, image):
 
 def make_scene(seed, size=96, objects=(3, 6), fov=(50, 80), pitch=(8, 28), colors=COLORS):
     """Synthetic Scene, size x size pixels, with objects[0] to objects[1] objects; the same seed gives the same scene.
-    fov (horizontal) and pitch (camera looking down) are ranges in degrees; colors is {name: (r, g, b)}."""
+    fov (horizontal) and pitch (camera looking down) are ranges in degrees; colors is {name: (r, g, b)}, each given to
+    one object at most, so that a color names an object."""
     rng = np.random.default_rng(seed)
     for _ in range(100):
         half_width = np.tan(np.radians(rng.uniform(*fov)) / 2)
         intrinsics = (size / 2 / half_width, size / 2 / half_width, size / 2, size / 2)
         height, angle = rng.uniform(*CAMERA_HEIGHT), np.radians(rng.uniform(*pitch))
         level = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
-        placed, wanted, tries = [], rng.integers(objects[0], objects[1] + 1), 0
+        placed, wanted, tries = [], min(rng.integers(objects[0], objects[1] + 1), len(colors)), 0
         while len(placed) < wanted and tries < 100:
-            obj, tries = random_object(rng, height, level, half_width, colors), tries + 1
+            free = [color for color in colors if color not in {o["color"] for o in placed}]
+            obj, tries = random_object(rng, height, level, half_width, free), tries + 1
             placed += [obj] if fits(obj, placed, intrinsics, size) else []
 
         rays = unproject(np.ones((size, size)), intrinsics)

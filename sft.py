@@ -32,11 +32,11 @@ class Settings:
     data: list = setting([], "instance files, FILE or FILE*weight; empty: the embedded world")
     skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
     scenes: str = setting("", "scenes.jsonl: train on traces made from these annotated pictures")
-    world_scenes: int = setting(2000, "embedded world: number of scenes")
-    traces: int = setting(600, "embedded world: scenes with annotated reasoning traces (real ones are scarce too)")
+    world_scenes: int = setting(4000, "embedded world: number of scenes")
+    traces: int = setting(1000, "embedded world: scenes with annotated reasoning traces (real ones are scarce too)")
     seed: int = setting(0, "seed of weights, data order and sampling")
-    pretrain: int = setting(700, "steps of perception for a new model, in place of a stock VLM's pretraining")
-    steps: int = setting(800, "optimizer steps of the cold start (paper: 2 epochs)")
+    pretrain: int = setting(900, "steps of perception for a new model, in place of a stock VLM's pretraining")
+    steps: int = setting(1300, "optimizer steps of the cold start (paper: 2 epochs)")
     batch: int = setting(0, "rows an optimizer step, all ranks together; 0: by --size, tiny 64 (paper: 512)")
     micro_tokens: int = setting(2048, "most tokens, with padding, of one forward pass on a rank; bounds memory")
     lr: float = setting(0.0, "peak learning rate, cosine to 0; 0: by --size, tiny 2e-3 (paper: 5e-6, pretrained model)")
@@ -125,8 +125,10 @@ def train(settings, model, tokenizer, processor, sources, device):
     log = run.Log(settings.out)
     model = run.shard(model, device, settings.checkpointing)
     if not settings.model and settings.pretrain:
-        perception = data.perception_blend(settings.world_scenes, settings.seed * 10**6, run.image_side(processor))
-        fit(settings, model, tokenizer, processor, perception, settings.pretrain, device, log, "pretraining")
+        stages = data.perception_stages(settings.world_scenes, settings.seed * 10**6, run.image_side(processor))
+        for share, perception in stages:
+            steps = max(1, round(share * settings.pretrain))
+            fit(settings, model, tokenizer, processor, perception, steps, device, log, "pretraining")
     fit(settings, model, tokenizer, processor, sources, settings.steps, device, log, "cold start")
     run.save_model(model, tokenizer, processor, settings.out)
     return model
@@ -134,7 +136,8 @@ def train(settings, model, tokenizer, processor, sources, device):
 
 def sources_of(settings, size):
     """The blend of --data and --scenes, or the embedded world's."""
-    return data.user_sources(settings) or data.cold_start_blend(settings.traces, first=settings.seed * 10**6, size=size)
+    world = data.cold_start_blend(settings.traces, settings.world_scenes, settings.seed * 10**6, size)
+    return data.user_sources(settings) or world
 
 
 def main():

@@ -122,6 +122,7 @@ def test_scenes_and_questions_depend_on_their_seed_only():
     assert not (one.image == other.image).all()
     rows = lambda scene, seed: questions.questions(scene, seed) + questions.grounding(scene, seed)
     texts = lambda scene, seed: [row["conversations"] for row in rows(scene, seed)]
+    assert all(len({o["color"] for o in scene.objects}) == len(scene.objects) for scene in (one, other))
     assert texts(one, 0) == texts(same, 0) != texts(one, 1)
 
 
@@ -162,8 +163,7 @@ def read_answer(scene, row, question):
     if task == "nearer":
         return right(min(("blue bbox", "green bbox"), key=lambda m: math.dist(at["red bbox"], at[m])))
     if task == "closer":
-        pick = max if "farther from" in question else min
-        return right(pick(("red bbox", "blue bbox"), key=lambda m: at[m][2]))
+        return right(min(("red bbox", "blue bbox"), key=lambda m: at[m][2]))
     if task == "axis":
         less = [("to the left of", "to the right of"), ("above", "below"), ("in front of", "behind")]
         axis = next(i for i, pair in enumerate(less) if set(pair) == set(options.values()))
@@ -248,6 +248,34 @@ def check_distance(text, a, b):
     return Decimal(total)
 
 
+def check_derivation(task, question, detect, think):
+    """A derivation, right as written from written coordinates -> (coordinates, number or option that follows)."""
+    boxes = re.findall(r'center="(\S+),(\S+),(\S+)">.*\((\w+ bbox)\)', detect)
+    at = {mark: [Decimal(x), Decimal(y), Decimal(z)] for x, y, z, mark in boxes}
+    red, signs = at["red bbox"], {"<": -1, ">": 1}
+    if task == "depth":
+        assert think == f"The depth is z:{red[2]}."
+        return at, str(red[2])
+    if task == "move":
+        step = re.search(r"forward by ([0-9.]+) meters", question)[1]
+        assert think == f"{red[2]}-{step}={red[2] - Decimal(step)}"
+        return at, str(red[2] - Decimal(step))
+    if task == "distance":
+        work, root = think.split("\nroot:")
+        assert abs(Decimal(root) - check_distance(work, red, at["blue bbox"]).sqrt()) <= Decimal("0.05")
+        return at, root
+    if task == "nearer":
+        one, two, verdict = re.fullmatch(r"blue:(.*)\ngreen:(.*)\n(\w+ bbox) is nearer\.", think, re.S).groups()
+        blue, green = check_distance(one, red, at["blue bbox"]), check_distance(two, red, at["green bbox"])
+        assert blue != green and verdict == ("blue bbox" if blue < green else "green bbox")
+        return at, verdict
+    axis, p, sign, q, verdict = re.fullmatch(r"([xyz]):(-?[0-9.]+)([<>])(-?[0-9.]+), (.*)\.", think).groups()
+    p, q, k = Decimal(p), Decimal(q), "xyz".index(axis)
+    assert (p, q) == (red[k], at["blue bbox"][k]) and (p > q) - (p < q) == signs[sign]
+    assert task == "axis" or (axis, verdict) == ("z", "red bbox" if p < q else "blue bbox")
+    return at, verdict
+
+
 def test_the_arithmetic_of_dtr_traces_is_right_as_written(asked):
     checked = collections.Counter()
     for scene, row, question, target in asked:
@@ -255,32 +283,29 @@ def test_the_arithmetic_of_dtr_traces_is_right_as_written(asked):
             continue
         grammar = r"<detect>(.*)</detect>\n<think>(.*)</think>\n<answer>(.*)</answer>"
         detect, think, answer = re.fullmatch(grammar, target, re.S).groups()
-        boxes = re.findall(r'center="(\S+),(\S+),(\S+)">.*\((\w+ bbox)\)', detect)
-        at = {mark: [Decimal(x), Decimal(y), Decimal(z)] for x, y, z, mark in boxes}
+        at, result = check_derivation(row["task"], question, detect, think)
         for mark, obj in by_mark(scene, row).items():
             assert all(abs(float(written) - true) <= 0.0501 for written, true in zip(at[mark], obj["center"]))
-        red, said = at["red bbox"], options_of(question.replace(" <mask>", "")).get(answer)
-        task, signs = row["task"], {"<": -1, ">": 1}
-        if task == "depth":
-            assert think == f"The depth is z:{red[2]}." and Decimal(answer) == red[2]
-        elif task == "move":
-            step = re.search(r"forward by ([0-9.]+) meters", question)[1]
-            assert think == f"{red[2]}-{step}={answer}" and Decimal(answer) == red[2] - Decimal(step)
-        elif task == "distance":
-            work, root = think.split("\nroot:")
-            total = check_distance(work, red, at["blue bbox"])
-            assert root == answer and abs(Decimal(root) - total.sqrt()) <= Decimal("0.05")
-        elif task == "nearer":
-            one, two, verdict = re.fullmatch(r"blue:(.*)\ngreen:(.*)\n(\w+ bbox) is nearer\.", think, re.S).groups()
-            blue, green = check_distance(one, red, at["blue bbox"]), check_distance(two, red, at["green bbox"])
-            assert blue != green and verdict == said == ("blue bbox" if blue < green else "green bbox")
-        else:
-            axis, p, sign, q, verdict = re.fullmatch(r"([xyz]):(-?[0-9.]+)([<>])(-?[0-9.]+), (.*)\.", think).groups()
-            p, q, k = Decimal(p), Decimal(q), "xyz".index(axis)
-            assert (p, q) == (red[k], at["blue bbox"][k]) and (p > q) - (p < q) == signs[sign]
-            assert verdict == said and (task == "axis" or axis == "z")
-        checked[task] += 1
+        assert result == options_of(question.replace(" <mask>", "")).get(answer, answer)
+        checked[row["task"]] += 1
     assert set(checked) == set(REGION)
+
+
+def test_derivations_give_what_is_found_and_show_next_to_nothing(world):
+    asked = collections.Counter()
+    for scene in world:
+        for row in (row for row in questions.grounding(scene, 0) if row["task"] == "derive"):
+            (question, given), think = row["conversations"][0]["value"].split("\n", 1), row["conversations"][1]["value"]
+            think, task = think[len("<think>"):-len("</think>")], row["id"].split("/")[2]
+            assert row["image"].shape == (16, 16, 3) and row["depth"] is None and "bbox" not in row
+            if task in REGION:
+                check_derivation(task, question, given, think)
+            else:
+                assert sorted(given.removeprefix("I see: ")[:-1].split(", ")) == sorted(map(questions.name, scene.objects))
+                truth = read_answer(scene, {**row, "task": task}, question)
+                assert think.rstrip(".").endswith(str(options_of(question).get(truth, truth)))
+            asked[task] += 1
+    assert set(asked) == {*REGION, *GENERAL}
 
 
 def test_lor_reasons_without_coordinates(asked):
@@ -340,12 +365,14 @@ def test_grounding_targets_follow_from_the_annotation(world):
                 held = re.findall(r"The (\w+ bbox) holds a (\w+ \w+) ", target)
                 assert held == [(mark, name(at[mark])) for mark in marks] and "bbox" not in row
             elif task == "listing":
-                assert sorted(target.removeprefix("I see: ")[:-1].split(", ")) == sorted(map(name, scene.objects))
-            else:
+                seen = target.removeprefix("I see: ")[:-1].split(", ")
+                area = {name(o): (o["box"][2] - o["box"][0]) * (o["box"][3] - o["box"][1]) for o in scene.objects}
+                assert len(seen) == len(area) and [*map(area.get, seen)] == sorted(area.values(), reverse=True)
+            elif task != "derive":
                 (kind,) = (task for task, words in VQA.items() if words in question)
                 assert is_same(target, read_answer(scene, {**row, "task": kind}, question))
             tasks[task] += 1
-    assert set(tasks) == {"center", "box3d", "ground2d", "region_qa", "mark_qa", "listing", "vqa"}
+    assert set(tasks) == {"center", "box3d", "ground2d", "region_qa", "mark_qa", "listing", "vqa", "derive"}
 
 
 def test_sensor_labels_are_what_the_depth_shows(world):
