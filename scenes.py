@@ -3,10 +3,18 @@
 make_scene(seed)            synthetic: cubes, spheres and cylinders on a checkered ground, ray-cast with exact geometry
 load_scenes("scenes.jsonl") real RGB-D pictures with annotated 3D boxes, as the same record: later code takes either
 
+    python scenes.py build --scenes scenes.jsonl --out cot.json             # questions with checked traces: build.py
+    python scenes.py build --scenes scenes.jsonl --out rl.json --rl
+    python scenes.py build --pairs pairs.jsonl --out views.json             # about two views of a place
+    python scenes.py convert --from kitti training --out scenes.jsonl       # omni3d, sunrgbd, nuscenes: convert.py
+    python scenes.py depth *.jpg --model apple/DepthPro-hf --out depth      # pictures without depth: convert.py
+
 Coordinates: metres in the camera frame, x right, y down, z forward. Depth is z, not the length of the ray.
 Pixels: column i covers [i, i + 1) and its ray goes through i + 0.5; a box x1, y1, x2, y2 ends before x2 and y2.
 """
+import argparse
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +28,13 @@ STICK_OUT = 0.05            # real boxes may leave the image by this share of it
 
 
 # ---- real scenes -----------------------------------------------------------------------------------------------------
+class BadInput(ValueError):
+    """Something that the user can mend; the message names file, line and field."""
+
+
 def check(ok, where, field, problem):
     if not ok:
-        raise ValueError(f"{where}: field '{field}': {problem}")
+        raise BadInput(f"{where}: field '{field}': {problem}")
 
 
 def numbers(row, field, shape, where, prefix=""):
@@ -42,8 +54,8 @@ def read_picture(row, field, folder, where):
             picture.load()
             return picture
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:   # SyntaxError: a broken PNG
-        raise ValueError(f"{where}: field '{field}': cannot read {row[field]!r} ({error}): give a readable image, "
-                         "relative to the folder of the jsonl") from None
+        raise BadInput(f"{where}: field '{field}': cannot read {row[field]!r} ({error}): give a readable image, "
+                       "relative to the folder of the jsonl") from None
 
 
 def read_object(entry, prefix, where, depth, intrinsics, width, height):
@@ -72,13 +84,23 @@ def read_object(entry, prefix, where, depth, intrinsics, width, height):
             "center": center, "size": size, "rotation": rotation, "surface": surface}
 
 
-def read_scene(line, where, folder):
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error}): write one object {{...}} per line") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a JSON object: write one object {{...}} per line")
+def read_lines(path):
+    """The rows of a JSON lines file, one at a time, each with its place: (row, "scenes.jsonl:3")."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file: give the path of a JSON lines file, such as scenes.jsonl")
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise BadInput(f"{path}:{number}: not JSON ({error}): write one object {{...}} per line") from None
+                if not isinstance(row, dict):
+                    raise BadInput(f"{path}:{number}: not a JSON object: write one object {{...}} per line")
+                yield row, f"{path}:{number}"
+
+
+def read_scene(row, where, folder):
     check(isinstance(row.get("id"), (str, int)), where, "id", "must be a name or a number")
     image = np.asarray(read_picture(row, "image", folder, where).convert("RGB"))
     height, width = image.shape[:2]
@@ -110,14 +132,54 @@ def load_scenes(path):
     """A jsonl of pictures -> list of Scene, all in memory (7 bytes per pixel). Raises ValueError: file, line, field.
     Each line: id, image, depth (optional: 16-bit PNG, 0 = none; depth_scale metres per unit, default 0.001), K 3x3 or
     intrinsics [fx, fy, cx, cy], objects with label, bbox_2d, center_cam, size_3d, R_cam (optional)."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file: give the path of a scenes.jsonl")
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    return [read_scene(line, f"{path}:{i}", path.parent) for i, line in enumerate(lines, 1) if line.strip()]
+    return [read_scene(row, where, Path(path).parent) for row, where in read_lines(path)]
 
 
 def questions(scene, seed, **options):
     """Questions about a scene with exact answers and traces, as instances: see questions.py."""
     from questions import questions as ask                  # here, because questions.py builds on this file
     return ask(scene, seed, **options)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build | convert | depth")
+
+    def command(name, text, *options):
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for flag, default, reason in options:
+            kind = {"action": "store_true"} if default is False else {"required": True} if default is None else \
+                {"default": default, "type": type(default)}
+            sub.add_argument(flag, help=reason + (f" [default: {default}]" if default else ""), **kind)
+        return sub
+
+    command("build", "instances with checked traces for both paths",
+            ("--out", None, "instance file: a JSON list, or JSON lines if it ends in .jsonl"),
+            ("--scenes", "", "annotated pictures, scenes.jsonl"), ("--pairs", "", "two views each, pairs.jsonl"),
+            ("--rounds", 3, "questions of each family about a picture, at most"), ("--seed", 0, "of the questions"),
+            ("--sensor", False, "centres as a depth sensor sees them, the middle of the visible surface"),
+            ("--rl", False, "only rows with an answer, for grpo.py: no captions, no bare boxes"),
+            ("--pictures", "", "copy pictures and depth there, so that the file can travel with them"))
+    sub = command("convert", "annotation of other data sets -> scenes.jsonl",
+                  ("--out", None, "scenes.jsonl to write"), ("--images", "", "folder of the pictures, if elsewhere"),
+                  ("--depth", "", "folder of depth PNGs named as the pictures, such as `scenes.py depth` writes"))
+    sub.add_argument("--from", dest="format", required=True, choices=["omni3d", "kitti", "sunrgbd", "nuscenes"])
+    sub.add_argument("path", help="omni3d: the json; kitti, sunrgbd: folder; nuscenes: folder of the json tables")
+    sub = command("depth", "depth maps for pictures without", ("--out", None, "folder for the maps and depth.jsonl"),
+                  ("--model", "apple/DepthPro-hf", "a depth model of transformers, hub name or folder"),
+                  ("--batch", 4, "pictures of one size in a forward pass"))
+    sub.add_argument("images", nargs="+")
+    args = parser.parse_args()
+    import build                                            # here, because they build on this file
+    import convert
+    try:
+        {"build": build.build, "convert": convert.convert, "depth": convert.depth}[args.command](args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    from scenes import main as run_main                     # not this copy, whose BadInput the others do not know
+    run_main()
