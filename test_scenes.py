@@ -92,6 +92,8 @@ def test_build_writes_instances_that_load_and_whose_traces_hold(tmp_path, monkey
     rows = data.file_source(str(out))[1]                    # opens and checks every picture
     assert len(rows) == len(json.loads(out.read_text())) == int(capsys.readouterr().out.split()[-4].replace(",", ""))
     assert {row["depth_scale"] for row in rows} == {0.002} and len({row["id"] for row in rows}) == len(rows)
+    asked = [json.dumps([row["conversations"], row.get("red_bbox"), row.get("blue_bbox")]) for row in rows]
+    assert len(set(asked)) == len(asked)                    # two rounds ask some things twice
     assert not any(Path(row["image"]).is_absolute() for row in rows) and {"center", "axis"} < {r["task"] for r in rows}
     check_rows(rows, truth_of(source))
     kept = out.read_bytes()
@@ -126,19 +128,20 @@ def test_build_with_sensor_centres_says_what_the_depth_says(tmp_path, monkeypatc
     assert seen
 
 
-def test_a_build_that_fails_leaves_nothing_and_says_where(tmp_path, monkeypatch, capsys):
+def test_a_build_that_fails_leaves_the_old_file_and_says_where(tmp_path, monkeypatch, capsys):
     source, out = write_scenes(tmp_path / "set"), tmp_path / "cot.json"
     source.write_text(source.read_text().replace('"center_cam": [', '"center_cam": ["near", ', 1))
+    out.write_text("old")
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, "build", "--scenes", source, "--out", out)
-    assert stop.value.code == 2 and [f.name for f in tmp_path.iterdir()] == ["set"]
+    assert stop.value.code == 2 and out.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {source}:1: field 'objects[0].center_cam'")
     empty, row = tmp_path / "set" / "empty.jsonl", json.loads(source.read_text().splitlines()[1])
     empty.write_text(json.dumps({**row, "objects": []}))
     for words in (["--scenes", tmp_path / "no.jsonl"], [], ["--scenes", empty]):
         with pytest.raises(SystemExit) as stop:
             command(monkeypatch, "build", *words, "--out", out)
-        assert stop.value.code == 2 and not out.exists()
+        assert stop.value.code == 2 and out.read_text() == "old"
 
 
 def test_faulty_traces_are_dropped():
@@ -315,7 +318,7 @@ def test_kitti_bottom_centre_turn_and_camera_shift():
 def test_sunrgbd_half_sizes_flip_and_tilt():
     """Upright depth coordinates are x right, y forward, z up. Without tilt: camera = (x, -z, y). With the camera
     looking straight down, depth forward is upright down and depth up is upright forward."""
-    basis, coeffs = [[0, 1, 0], [1, 0, 0], [0, 0, 1]], [-0.5, 2, 1]                          # left-handed, a sign
+    basis, coeffs = [[0, -1, 0], [0, 0, 1], [1, 0, 0]], [-0.5, 1, 2]                         # left-handed, a sign
     level = convert.sunrgbd_object("bed", [1, 6, -0.5], basis, coeffs, np.eye(3))
     assert corner_set(level) == box((-1, 3), (-0.5, 1.5), (5.5, 6.5))
     down = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]])     # columns: upright coordinates of depth x, y, z
