@@ -17,7 +17,7 @@ from zlib import crc32
 import numpy as np
 from tqdm import tqdm
 
-from questions import MARKS, NEEDS, REGION, box_line, detect_block, finish, grounding, questions, rounded, tenths
+from questions import MARKS, NEEDS, REGION, box_line, finish, grounding, questions, rounded, tenths
 from rewards import accuracy_reward, detection_reward, extract_answer, format_reward
 from scenes import BadInput, check, numbers, project, read_lines, read_scene, unproject
 
@@ -122,6 +122,7 @@ def scene_rows(line, where, number, args):
     scene = read_scene(line, where, folder)
     files = {field: link(line[field], folder, f"{number:06d}{end}", args)
              for field, end in (("image", ""), ("depth", "_depth")) if line.get(field)}
+    files["image_hw"] = list(scene.image.shape[:2])         # of the file, whatever picture a row was made with
     if "depth" in files and "depth_scale" in line:
         files["depth_scale"] = line["depth_scale"]
     for k in range(args.rounds):
@@ -153,6 +154,12 @@ def camera_motion(second):
     return [x, -y, z, np.degrees(np.arctan2(look_x, look_z)), np.degrees(np.arcsin(np.clip(-look_y, -1, 1)))]
 
 
+def aligned(frame, lines):
+    """The <detect> block of several images: centres in the frame of one of them."""
+    header = f"After aligning to the reference frame {frame}, find {len(lines)} relevant objects:"
+    return "<detect>" + "\n".join([header, *lines]) + "</detect>\n"
+
+
 def motion_rows(second, row):
     """How the camera moved, as signed axes; the trace of LOR names the directions, that of DTR the new pose."""
     named = []
@@ -168,9 +175,8 @@ def motion_rows(second, row):
     words = [part.partition(":")[0].replace("move_", "moves ").replace("rotate_", "turns ") for part in named]
     at, look = (",".join(f"{name}:{v:.2f}" for name, v in zip("xyz", second[:3, c])) for c in (3, 2))
     derived = f"In the frame of the first camera the second one is at {at} and looks along {look}."
-    header = "<detect>After aligning to the reference frame 0, find 0 relevant objects:</detect>\n"
     for path, target in (("lor", finish(f"The camera {', '.join(words)}.", ",".join(named))),
-                         ("dtr", header + finish(derived, ",".join(named)))):
+                         ("dtr", aligned(0, []) + finish(derived, ",".join(named)))):
         talk = [{"from": "human", "value": question}, {"from": "gpt", "value": target}]
         more = {"bbox": {"0": [], "1": []}, "mask_idx": {}, "3d_pos": {}, "main_frame_idx": 0} if path == "dtr" else {}
         yield {**row, "id": f"{row['id']}/motion/{path}", "task": "motion", "conversations": talk,
@@ -231,8 +237,7 @@ def point_rows(rng, views, poses, row):
                "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": target}]}
 
         lines = [box_line(tenths(p["center"]), f"point ({mark})") for p, mark in zip(ask.marked, marks)]
-        target = detect_block(lines).replace("Find", f"After aligning to the reference frame {k}, find", 1)
-        target += finish(*map(spoken, solved))
+        target = aligned(k, lines) + finish(*map(spoken, solved))
         boxes, index = {"0": [], "1": []}, {}
         for mark, p in sorted(zip(marks, ask.marked), key=lambda pair: question.find(pair[0])):
             reach = [POINT_REGION / 2 * s for s in size[p["view"]]]
