@@ -87,10 +87,10 @@ def build(args):
         if not kept:
             raise BadInput(f"{args.scenes or args.pairs}: no question could be made: nothing annotated, or all dropped")
     columns = ["lor", "dtr", "no trace"]
-    print(f"{'':12}" + "".join(f"{c:>10}" for c in columns))
+    print(f"{'':16}" + "".join(f"{c:>10}" for c in columns))
     for task in [*dict.fromkeys(task for task, _ in kept), "all"]:
         counts = (sum(n for (t, c), n in kept.items() if c == column and task in (t, "all")) for column in columns)
-        print(f"{task:12}" + "".join(f"{n:10,}" for n in counts))
+        print(f"{task:16}" + "".join(f"{n:10,}" for n in counts))
     for (task, path, reason), n in dropped.items():
         print(f"dropped {n:,} of {task} ({path}): {reason}")
     print(f"{sum(kept.values()):,} instances -> {args.out}")

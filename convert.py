@@ -137,7 +137,8 @@ def read_kitti(path, images):
 def read_sunrgbd(path, images):
     """The text files that the extract_rgbd_data_v*.m of VoteNet and MMDetection3D write from SUNRGBDMeta3DBB_v2.mat:
     label, calib, image. A label line: class, 2D box x y w h, centroid, coeffs, orientation x y. The second coeff lies
-    along the orientation, the first across, the third up; calib holds Rtilt and K, each column by column."""
+    along the orientation, the first across, the third up; calib holds Rtilt and K, each column by column.
+    Depth: the data set's own PNGs have their bits rotated, millimetres = d >> 3 | d << 13; undo that first."""
     hint = "sunrgbd needs the folder with label, calib and image"
     for label in sorted(Path(path, "label").glob("*.txt")):
         tilt, camera = (v.reshape(3, 3).T for v in number_lines(Path(path, "calib", label.name), hint).values())
@@ -216,7 +217,7 @@ def convert(args):
                 if depth in maps:
                     raise BadInput(f"{depth}: two pictures have this name, {scene['image']} is one; convert them apart")
                 if args.depth and os.path.isfile(depth):
-                    scene["depth"] = os.path.relpath(depth, folder)
+                    scene["depth"], scene["depth_scale"] = os.path.relpath(depth, folder), args.depth_scale
                     maps.add(depth)
                 scene["image"] = os.path.relpath(scene["image"], folder)
                 file.write(json.dumps(scene) + "\n")
@@ -281,17 +282,18 @@ def save_depth(depth, path, metric):
 
 
 def load_depth_model(name):
-    """-> model in evaluation mode, on the GPU if there is one, and its image processor (DepthPro: its settings)."""
+    """-> model in evaluation mode, on the GPU if there is one, and its image processor (DepthPro: its settings); all
+    without torchvision."""
     import torch
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForDepthEstimation
+    from transformers import AutoConfig, AutoModelForDepthEstimation, DPTImageProcessorPil, GLPNImageProcessorPil
     from transformers.image_processing_base import ImageProcessingMixin
     try:
         config = AutoConfig.from_pretrained(name)
         is_metric(config)
         if config.model_type == "depth_pro" and not config.use_fov_model:
             raise BadInput(f"--model {name}: a DepthPro without field of view gives no metres")
-        processor = ImageProcessingMixin.get_image_processor_dict(name)[0] if config.model_type == "depth_pro" else \
-            AutoImageProcessor.from_pretrained(name)
+        stock = {"depth_pro": None, "glpn": GLPNImageProcessorPil}.get(config.model_type, DPTImageProcessorPil)
+        processor = stock.from_pretrained(name) if stock else ImageProcessingMixin.get_image_processor_dict(name)[0]
         model = AutoModelForDepthEstimation.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise error if isinstance(error, BadInput) else BadInput(f"--model {name}: {str(error).splitlines()[0]}")

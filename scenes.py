@@ -163,7 +163,8 @@ def main():
             ("--pictures", "", "copy pictures and depth there, so that the file can travel with them"))
     sub = command("convert", "annotation of other data sets -> scenes.jsonl",
                   ("--out", None, "scenes.jsonl to write"), ("--images", "", "folder of the pictures, if elsewhere"),
-                  ("--depth", "", "folder of depth PNGs named as the pictures, such as `scenes.py depth` writes"))
+                  ("--depth", "", "folder of depth PNGs named as the pictures, such as `scenes.py depth` writes"),
+                  ("--depth_scale", 0.001, "metres a unit of those; KITTI's own: 0.00390625"))
     sub.add_argument("--from", dest="format", required=True, choices=["omni3d", "kitti", "sunrgbd", "nuscenes"])
     sub.add_argument("path", help="omni3d: the json; kitti, sunrgbd: folder; nuscenes: folder of the json tables")
     sub = command("depth", "depth maps for pictures without", ("--out", None, "folder for the maps and depth.jsonl"),

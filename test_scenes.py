@@ -379,8 +379,9 @@ def write_sets(folder):
 def test_convert_reads_the_files_of_each_data_set(name, tmp_path, monkeypatch, capsys):
     source, out = write_sets(tmp_path / "sets")[name], tmp_path / "out" / "scenes.jsonl"
     (tmp_path / "depth").mkdir()
-    Image.fromarray(np.full((120, 160), 9500, np.uint16)).save(tmp_path / "depth" / "1.png")
-    command(monkeypatch, "convert", "--from", name, source, "--out", out, "--depth", tmp_path / "depth")
+    Image.fromarray(np.full((120, 160), 4750, np.uint16)).save(tmp_path / "depth" / "1.png")
+    command(monkeypatch, "convert", "--from", name, source, "--out", out, "--depth", tmp_path / "depth",
+            "--depth_scale", 0.002)
     (scene,) = scenes.load_scenes(out)
     (car,) = scene.objects                                  # DontCare, behind the camera, hidden, no 3D: left out
     assert car["label"] == "car" and scene.intrinsics == (100, 100, 80, 60) and scene.depth[5, 5] == np.float32(9.5)
