@@ -197,7 +197,7 @@ def spots(rng, views, poses):
         there = poses[1 - i, i, :3, :3] @ here + poses[1 - i, i, :3, 3]
         if there[2] < 0.1:
             continue
-        (v, u), (h, w) = project(there, other.intrinsics)[::-1], other.depth.shape
+        (u, v), (h, w) = project(there, other.intrinsics), other.depth.shape
         if not (RIM * w < u < (1 - RIM) * w and RIM * h < v < (1 - RIM) * h):
             continue
         if abs(other.depth[int(v), int(u)] - there[2]) <= AGREE * there[2]:                  # false for NaN
