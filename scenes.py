@@ -3,193 +3,38 @@
 make_scene(seed)            synthetic: cubes, spheres and cylinders on a checkered ground, ray-cast with exact geometry
 load_scenes("scenes.jsonl") real RGB-D pictures with annotated 3D boxes, as the same record: later code takes either
 
+    python scenes.py build --scenes scenes.jsonl --out cot.json             # questions with checked traces: build.py
+    python scenes.py build --scenes scenes.jsonl --out rl.json --rl
+    python scenes.py build --pairs pairs.jsonl --out views.json             # about two views of a place
+    python scenes.py convert --from kitti training --out scenes.jsonl       # omni3d, sunrgbd, nuscenes: convert.py
+    python scenes.py depth *.jpg --model apple/DepthPro-hf --out depth      # pictures without depth: convert.py
+
 Coordinates: metres in the camera frame, x right, y down, z forward. Depth is z, not the length of the ray.
 Pixels: column i covers [i, i + 1) and its ray goes through i + 0.5; a box x1, y1, x2, y2 ends before x2 and y2.
 """
+import argparse
 import json
-from dataclasses import dataclass
+import sys
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+# All of it for the users of this file, which speak of scenes and not of how the synthetic ones are drawn.
+from raycast import COLORS, SHAPES, Scene, corners, make_scene, project, unproject   # noqa: F401
+
 # ---- settings --------------------------------------------------------------------------------------------------------
-COLORS = {"orange": (250, 125, 15), "yellow": (250, 225, 40), "purple": (150, 50, 180), "white": (250, 250, 250),
-          "cyan": (50, 215, 215), "pink": (250, 150, 190)}   # unlike each other, ground, sky, and the colours of marks
-SHAPES = {"cube": ((0, 1, 2), ()), "sphere": ((), (0, 1, 2)), "cylinder": ((1,), (0, 2))}   # flat axes, round axes
-SIZE = (0.5, 1.4)           # metres, full length of a side or a diameter
-CAMERA_HEIGHT = (1.0, 2.2)  # metres above the ground
-DISTANCE = (1.5, 6.5)       # metres along the ground from camera to object
-FLOATING = 0.25             # share of objects in the air: gives "above" and "below" a meaning
-LIFT = (0.2, 1.0)           # metres between the ground and a floating object
-FAR = 12.0                  # metres; beyond is sky without depth, as for a depth camera
-MIN_PIXELS = 80 / 96**2     # of the image, and
-MIN_VISIBLE = 0.5           # of the object itself: an object that shows less is dropped
-LIGHT = np.array([-0.52, -0.82, -0.24])   # unit vector to the lamp before pitching: left, above, on the camera's side
 STICK_OUT = 0.05            # real boxes may leave the image by this share of its side and are clipped; more is an error
 
 
-@dataclass
-class Scene:
-    """One picture. objects: dicts with label ("sphere", "night stand"), color (name or None), box (x1, y1, x2, y2 of
-    the visible part, pixels), center (3,) of the 3D box, not of its surface, size (3,) full lengths along its own axes,
-    rotation (3, 3) with these axes as columns, surface (3,) the mean point that the depth sensor sees, or None."""
-    id: str
-    image: np.ndarray           # (H, W, 3) uint8
-    depth: np.ndarray | None    # (H, W) float32 metres, NaN = no measurement; None = no depth at all
-    intrinsics: tuple           # fx, fy, cx, cy in pixels
-    objects: list
-    source: str                 # "seed 7" or "scenes.jsonl:3", for error messages
-    instances: np.ndarray | None = None   # (H, W) int8 index of the object seen, -1 = none; synthetic scenes only
-
-
-# ---- geometry --------------------------------------------------------------------------------------------------------
-def project(point, intrinsics):
-    """Point or points (..., 3) with z > 0 -> pixel coordinates (u, v), each (...)."""
-    fx, fy, cx, cy = intrinsics
-    x, y, z = np.moveaxis(np.asarray(point, float), -1, 0)
-    return fx * x / z + cx, fy * y / z + cy
-
-
-def unproject(depth, intrinsics, left=0, top=0):
-    """Depth (h, w) of the window that starts at pixel (left, top) -> points (h, w, 3) metres, NaN where depth is."""
-    fx, fy, cx, cy = intrinsics
-    u, v = np.meshgrid(left + np.arange(depth.shape[1]) + 0.5, top + np.arange(depth.shape[0]) + 0.5)
-    return np.stack([(u - cx) / fx * depth, (v - cy) / fy * depth, depth], -1)
-
-
-def corners(obj):
-    """The 8 corners of an object's 3D box, (8, 3) metres."""
-    signs = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
-    return obj["center"] + signs * obj["size"] / 2 @ obj["rotation"].T
-
-
-# ---- synthetic scenes ------------------------------------------------------------------------------------------------
-# The level frame has the camera's position and x axis, but its y points straight down.
-def random_object(rng, height, level, half_width, colors):
-    """A cube (any box, with a yaw), sphere or upright cylinder. level (3, 3): level frame -> camera frame."""
-    shape = str(rng.choice(list(SHAPES)))
-    size = rng.uniform(*SIZE, 3)
-    size[list(SHAPES[shape][1])] = size[0]                  # one diameter for all round axes
-    lift = rng.uniform(*LIFT) if rng.random() < FLOATING else 0.0
-    z = np.exp(rng.uniform(*np.log(DISTANCE)))              # as many from 1.5 to 3 m as from 3 to 6 m
-    x = rng.uniform(-1, 1) * half_width * z
-    yaw = rng.uniform(0, np.pi / 2) if shape == "cube" else 0.0
-    turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
-    return {"label": shape, "color": str(rng.choice(colors)), "size": size,
-            "center": level @ (x, height - size[1] / 2 - lift, z), "rotation": level @ turn}
-
-
-def fits(obj, others, intrinsics, size):
-    """In front of the camera, in the picture but for a narrow rim, clear of the others' bounding spheres."""
-    points, radius = corners(obj), np.linalg.norm(obj["size"]) / 2
-    if obj["center"][2] < 1.0 or points[:, 2].min() < 0.5:
-        return False
-    uv = np.stack(project(points, intrinsics))
-    clear = (np.linalg.norm(obj["center"] - o["center"]) > radius + np.linalg.norm(o["size"]) / 2 for o in others)
-    return uv.min() > -0.05 * size and uv.max() < 1.05 * size and all(clear)
-
-
-def cast(obj, rays):
-    """Rays (..., 3) from the camera -> multiple of the ray at the first hit (...), inf = miss; unit normals (..., 3).
-    A shape is where slabs and a round part meet: a ray is inside from its last entry to its first exit."""
-    flat_axes, round_axes = SHAPES[obj["label"]]
-    origin, rays, half = -obj["center"] @ obj["rotation"], rays @ obj["rotation"], obj["size"] / 2   # in the box's axes
-    enter, leave, normals = np.full(rays.shape[:-1], -np.inf), np.full(rays.shape[:-1], np.inf), np.zeros(rays.shape)
-    if round_axes:   # |o + t d| = radius in the round axes
-        o, d, radius = origin[list(round_axes)], rays[..., round_axes], half[round_axes[0]]
-        a, b, c = (d * d).sum(-1), d @ o, o @ o - radius**2
-        root = np.sqrt(np.maximum(b * b - a * c, 0))        # 0 where the ray misses: empty interval, enter = leave
-        enter, leave = (-b - root) / a, (-b + root) / a
-        normals[..., round_axes] = (o + d * enter[..., None]) / radius
-    for k in flat_axes:
-        middle, reach = -origin[k] / rays[..., k], np.abs(half[k] / rays[..., k])
-        last = middle - reach > enter
-        normals[last] = 0
-        normals[last, k] = -np.sign(rays[last, k])
-        enter, leave = np.maximum(enter, middle - reach), np.minimum(leave, middle + reach)
-    return np.where((enter < leave) & (enter > 0), enter, np.inf), normals @ obj["rotation"].T
-
-
-def draw(obj, rays, intrinsics, light, color):
-    """One object alone -> (its window of the image, depth (h, w) with inf = not there, shaded colour (h, w, 3))."""
-    u, v = project(corners(obj), intrinsics)
-    window = tuple(slice(max(int(p.min()), 0), int(p.max()) + 1) for p in (v, u))   # it shows nowhere else
-    depth, normals = cast(obj, rays[window])                # rays have z = 1: the multiple is the depth
-    paint = np.where(dark_paint(obj, rays[window], depth), 0.3, 1.0)
-    return window, depth, (paint * (0.7 + 0.3 * normals @ light))[..., None] * color   # unlit faces differ
-
-
-def dark_paint(obj, rays, depth):
-    """Where an object is painted dark: a cube's edges, a cylinder's belt, nowhere on a sphere. Shape at a glance."""
-    hit = np.where(np.isfinite(depth), depth, 0)[..., None] * rays
-    place = np.sort(np.abs((hit - obj["center"]) @ obj["rotation"]) / (obj["size"] / 2))     # 1 = on a face
-    belt = np.abs((hit - obj["center"]) @ obj["rotation"][:, 1]) < 0.2 * obj["size"][1]
-    return {"cube": place[..., 1] > 0.7, "cylinder": belt, "sphere": np.zeros(depth.shape, bool)}[obj["label"]]
-
-
-def background(rng, rays, height, level):
-    """Ground with tiles of 1 m, and sky: depth (H, W) with inf = sky, colour (H, W, 3)."""
-    directions = rays @ level                               # (H, W, 3) in the level frame
-    depth = height / np.maximum(directions[..., 1], height / (2 * FAR))
-    dark = np.floor(directions * depth[..., None])[..., ::2].sum(-1) % 2
-    tile, sky = rng.uniform(70, 115) * np.array([1, 0.92, 0.8]), rng.uniform(120, 150) * np.array([0.93, 1, 1.07])
-    depth[depth > FAR] = np.inf
-    return depth, np.where(np.isinf(depth)[..., None], sky, tile * (1 - 0.2 * dark[..., None]))
-
-
-def composite(layers, depth, image):
-    """z-buffer: the nearest surface wins, whatever the order. -> depth, image, instances (H, W), -1 = no object."""
-    depth, image, instances = depth.copy(), image.copy(), np.full(depth.shape, -1, np.int8)
-    for i, (window, z, color) in enumerate(layers):
-        nearer = z < depth[window]
-        depth[window][nearer], image[window][nearer], instances[window][nearer] = z[nearer], color[nearer], i
-    return depth, image, instances
-
-
-def make_scene(seed, size=96, objects=(3, 6), fov=(50, 80), pitch=(8, 28), colors=COLORS):
-    """Synthetic Scene, size x size pixels, with objects[0] to objects[1] objects; the same seed gives the same scene.
-    fov (horizontal) and pitch (camera looking down) are ranges in degrees; colors is {name: (r, g, b)}, each given to
-    one object at most, so that a color names an object."""
-    rng = np.random.default_rng(seed)
-    for _ in range(100):
-        half_width = np.tan(np.radians(rng.uniform(*fov)) / 2)
-        intrinsics = (size / 2 / half_width, size / 2 / half_width, size / 2, size / 2)
-        height, angle = rng.uniform(*CAMERA_HEIGHT), np.radians(rng.uniform(*pitch))
-        level = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
-        placed, wanted, tries = [], min(rng.integers(objects[0], objects[1] + 1), len(colors)), 0
-        while len(placed) < wanted and tries < 100:
-            free = [color for color in colors if color not in {o["color"] for o in placed}]
-            obj, tries = random_object(rng, height, level, half_width, free), tries + 1
-            placed += [obj] if fits(obj, placed, intrinsics, size) else []
-
-        rays = unproject(np.ones((size, size)), intrinsics)
-        ground = background(rng, rays, height, level)
-        layers = [draw(obj, rays, intrinsics, level @ LIGHT, np.array(colors[obj["color"]])) for obj in placed]
-        instances = composite(layers, *ground)[2]
-        keep = [i for i, layer in enumerate(layers) if (instances == i).sum() >=
-                max(MIN_PIXELS * size**2, MIN_VISIBLE * np.isfinite(layer[1]).sum())]
-        if len(keep) >= objects[0]:
-            break
-    else:
-        raise ValueError(f"seed {seed}: no room for {objects[0]} visible objects with fov {fov} and pitch {pitch}: "
-                         "ask for fewer objects or a wider view")
-    # Without the dropped objects the others show at least as much, so nothing more is to be dropped.
-    depth, image, instances = composite([layers[i] for i in keep], *ground)
-    depth = np.where(np.isfinite(depth), depth, np.nan).astype(np.float32)
-    kept, points = [placed[i] for i in keep], unproject(depth, intrinsics)
-    for i, obj in enumerate(kept):
-        y, x = np.nonzero(instances == i)
-        obj["box"] = (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
-        obj["surface"] = points[y, x].mean(0)
-    image = np.clip(image + 4 * rng.standard_normal(image.shape), 0, 255).astype(np.uint8)   # sensor noise
-    return Scene(f"synthetic_{seed}", image, depth, intrinsics, kept, f"seed {seed}", instances)
-
-
 # ---- real scenes -----------------------------------------------------------------------------------------------------
+class BadInput(ValueError):
+    """Something that the user can mend; the message names file, line and field."""
+
+
 def check(ok, where, field, problem):
     if not ok:
-        raise ValueError(f"{where}: field '{field}': {problem}")
+        raise BadInput(f"{where}: field '{field}': {problem}")
 
 
 def numbers(row, field, shape, where, prefix=""):
@@ -209,8 +54,8 @@ def read_picture(row, field, folder, where):
             picture.load()
             return picture
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:   # SyntaxError: a broken PNG
-        raise ValueError(f"{where}: field '{field}': cannot read {row[field]!r} ({error}): give a readable image, "
-                         "relative to the folder of the jsonl") from None
+        raise BadInput(f"{where}: field '{field}': cannot read {row[field]!r} ({error}): give a readable image, "
+                       "relative to the folder of the jsonl") from None
 
 
 def read_object(entry, prefix, where, depth, intrinsics, width, height):
@@ -239,13 +84,23 @@ def read_object(entry, prefix, where, depth, intrinsics, width, height):
             "center": center, "size": size, "rotation": rotation, "surface": surface}
 
 
-def read_scene(line, where, folder):
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error}): write one object {{...}} per line") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a JSON object: write one object {{...}} per line")
+def read_lines(path):
+    """The rows of a JSON lines file, one at a time, each with its place: (row, "scenes.jsonl:3")."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such file: give the path of a JSON lines file, such as scenes.jsonl")
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise BadInput(f"{path}:{number}: not JSON ({error}): write one object {{...}} per line") from None
+                if not isinstance(row, dict):
+                    raise BadInput(f"{path}:{number}: not a JSON object: write one object {{...}} per line")
+                yield row, f"{path}:{number}"
+
+
+def read_scene(row, where, folder):
     check(isinstance(row.get("id"), (str, int)), where, "id", "must be a name or a number")
     image = np.asarray(read_picture(row, "image", folder, where).convert("RGB"))
     height, width = image.shape[:2]
@@ -277,14 +132,55 @@ def load_scenes(path):
     """A jsonl of pictures -> list of Scene, all in memory (7 bytes per pixel). Raises ValueError: file, line, field.
     Each line: id, image, depth (optional: 16-bit PNG, 0 = none; depth_scale metres per unit, default 0.001), K 3x3 or
     intrinsics [fx, fy, cx, cy], objects with label, bbox_2d, center_cam, size_3d, R_cam (optional)."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file: give the path of a scenes.jsonl")
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    return [read_scene(line, f"{path}:{i}", path.parent) for i, line in enumerate(lines, 1) if line.strip()]
+    return [read_scene(row, where, Path(path).parent) for row, where in read_lines(path)]
 
 
 def questions(scene, seed, **options):
     """Questions about a scene with exact answers and traces, as instances: see questions.py."""
     from questions import questions as ask                  # here, because questions.py builds on this file
     return ask(scene, seed, **options)
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="build | convert | depth")
+
+    def command(name, text, *options):
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        for flag, default, reason in options:
+            kind = {"action": "store_true"} if default is False else {"required": True} if default is None else \
+                {"default": default, "type": type(default)}
+            sub.add_argument(flag, help=reason + (f" [default: {default}]" if default else ""), **kind)
+        return sub
+
+    command("build", "instances with checked traces for both paths",
+            ("--out", None, "instance file: a JSON list, or JSON lines if it ends in .jsonl"),
+            ("--scenes", "", "annotated pictures, scenes.jsonl"), ("--pairs", "", "two views each, pairs.jsonl"),
+            ("--rounds", 3, "questions of each family about a picture, at most"), ("--seed", 0, "of the questions"),
+            ("--sensor", False, "centres as a depth sensor sees them, the middle of the visible surface"),
+            ("--rl", False, "only rows with an answer, for grpo.py: no captions, no bare boxes"),
+            ("--pictures", "", "copy pictures and depth there, so that the file can travel with them"))
+    sub = command("convert", "annotation of other data sets -> scenes.jsonl",
+                  ("--out", None, "scenes.jsonl to write"), ("--images", "", "folder of the pictures, if elsewhere"),
+                  ("--depth", "", "folder of depth PNGs named as the pictures, such as `scenes.py depth` writes"),
+                  ("--depth_scale", 0.001, "metres a unit of those; KITTI's own: 0.00390625"))
+    sub.add_argument("--from", dest="format", required=True, choices=["omni3d", "kitti", "sunrgbd", "nuscenes"])
+    sub.add_argument("path", help="omni3d: the json; kitti, sunrgbd: folder; nuscenes: folder of the json tables")
+    sub = command("depth", "depth maps for pictures without", ("--out", None, "folder for the maps and depth.jsonl"),
+                  ("--model", "apple/DepthPro-hf", "a depth model of transformers, hub name or folder"),
+                  ("--batch", 4, "pictures of one size in a forward pass"))
+    sub.add_argument("images", nargs="+")
+    args = parser.parse_args()
+    import build                                            # here, because they build on this file
+    import convert
+    try:
+        {"build": build.build, "convert": convert.convert, "depth": convert.depth}[args.command](args)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    from scenes import main as run_main                     # not this copy, whose BadInput the others do not know
+    run_main()
