@@ -91,8 +91,8 @@ def folder(asked, tmp_path_factory):
     folder, random = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
     for name, shift in (("before", 0.5), ("after", 0.25)):
         results = answered(asked, shift)
-        if name == "after":                                 # the first is right before, and wrong and hostile after
-            results[0] = {**results[0], "response": ATTACK, **eval.score(asked[0], ATTACK)}
+        i = {"before": 3, "after": 0}[name]                 # right in the other evaluation; wrong and hostile here
+        results[i] = {**results[i], "response": ATTACK, **eval.score(asked[i], ATTACK)}
         eval.write_json(folder / f"{name}.json", results)
     (folder / "sft").mkdir()
     (folder / "grpo").mkdir()
@@ -155,7 +155,7 @@ def test_the_bars_are_as_long_as_the_accuracies(folder, page):
     table = json.loads((folder / "after.json").read_text())["table"]
     wide = [tag["width"] for tag in page.all("rect")]
     assert len(wide) == 2 * len(table)                      # two evaluations
-    assert sorted(wide)[::-1] and {f"{100 * line['accuracy']:.2f}%" for line in table} <= set(wide)
+    assert {f"{100 * line['accuracy']:.2f}%" for line in table} <= set(wide)
 
 
 def points(polyline):
@@ -192,7 +192,7 @@ def test_every_example_carries_what_the_filters_ask_for(folder, page):
                  {(0, 1): "gained", (1, 0): "lost"}.get((right(b), right(a)), "none")) for b, a in zip(before, after)]
     names = ["data-task", "data-path", "data-answer", "data-change"]
     assert [tuple(article[name] for name in names) for article in page.articles] == expected     # all 88, in order
-    assert expected[0] == ("depth", "lor", "wrong", "lost")
+    assert [kind[3] for kind in expected[:4]] == ["lost", "none", "none", "gained"]
     assert [select["name"] for select in page.all("select")] == ["task", "path", "answer", "change"]
     assert page.pre == [r["response"] for pair in zip(before, after) for r in pair]
 
