@@ -23,7 +23,6 @@ from scenes import project
 
 EXAMPLES, EXAMPLE_BYTES = 200, 8e6                          # most examples on a page, and most bytes of them together
 RIGHT = 0.5                                                 # least accuracy of an answer that counts as right
-SIDES = sorted(plan["image"] for plan in run.SIZES.values())                 # of the embedded world's pictures, pixels
 PARTS = ["accuracy", "format", "detection", "reward"]
 PATHS = {"lor": "LOR: reasoning in words", "dtr": "DTR: 3D centres first, then reasoning"}
 NEAR_TO_FAR = [(250, 230, 140), (220, 110, 80), (110, 40, 110), (20, 15, 50)]                # colours of depth
@@ -225,21 +224,17 @@ def figures(row, responses):
         picture.thumbnail((384, 384))
         file = io.BytesIO()
         picture.save(file, "JPEG", quality=88, subsampling=0)
-        html += (f'<figure><div class="picture"><img src="data:image/jpeg;base64,'
+        few = ' class="few"' if max(image.size) < 200 else ""                                # few pixels, shown as such
+        html += (f'<figure><div class="picture"><img{few} src="data:image/jpeg;base64,'
                  f'{base64.b64encode(file.getvalue()).decode()}" alt="{words}" loading="lazy">{over}</div>'
                  f"<figcaption>{words}</figcaption></figure>")
     return html
 
 
-def key_of(result):
-    """What two responses to one question have in common."""
-    return str(result["id"]), result["path"], result["question"]
-
-
 def world_row(result):
     """The embedded world's question that a saved response answers, drawn again; None if it is from elsewhere."""
     made = re.fullmatch(r"synthetic_([0-9]{1,12})/(\w+)/\w+", str(result["id"]))
-    for side in SIDES if made else ():
+    for side in sorted(plan["image"] for plan in run.SIZES.values()) if made else ():        # which one is not saved
         for row in questions.questions(data.cached_scene(int(made[1]), side), int(made[1]), tasks=[made[2]]):
             if [row["id"], data.question_of(row), row["answer"]] == [result[k] for k in ("id", "question", "answer")]:
                 return row
@@ -282,6 +277,7 @@ def chosen(results):
 def examples(named, rows):
     """Filters, and a card for each chosen question; its row is one of rows, or of the embedded world."""
     at_hand = {(str(row.get("id", i)), data.path_of(row), data.question_of(row)): row for i, row in enumerate(rows)}
+    key_of = lambda result: (str(result["id"]), result["path"], result["question"])
     known, cards, size = [(title, {key_of(r): r for r in results}) for title, _, results in named], [], 0
     for result in chosen(named[-1][2])[:EXAMPLES]:
         key = key_of(result)
@@ -346,7 +342,7 @@ article { background: var(--card); border-radius: 10px; padding: 1rem; margin: 1
 @media (min-width: 48rem) { article { grid-template-columns: 24rem 1fr; } }
 nav[hidden], article[hidden] { display: none; }
 .pictures { display: grid; grid-template-columns: 1fr 1fr; gap: .75rem; align-content: start; }
-.picture { position: relative; } .picture img { width: 100%; display: block; image-rendering: pixelated; }
+.picture { position: relative; } .picture img { width: 100%; display: block; } .few { image-rendering: pixelated; }
 .picture svg { position: absolute; inset: 0; width: 100%; height: 100%; fill: none; }
 .picture svg * { stroke-width: 2px; } .picture svg .halo { stroke: #fff; stroke-width: 4.5px; }
 .plot svg *, .picture svg * { vector-effect: non-scaling-stroke; } .right { color: var(--right); }
@@ -369,9 +365,7 @@ function show() {                                           /* the filters and t
   back.disabled = page === 1;
   next.disabled = page * size >= found.length;
 }
-function go(to) {
-  location.hash = new URLSearchParams([...new FormData(form), ["page", to]]);
-}
+function go(to) { location.hash = new URLSearchParams([...new FormData(form), ["page", to]]); }
 form.addEventListener("change", () => go(1));
 back.addEventListener("click", () => { go(page - 1); form.scrollIntoView(); });
 next.addEventListener("click", () => { go(page + 1); form.scrollIntoView(); });

@@ -18,7 +18,6 @@ import data
 import eval
 import report
 import run
-import scenes
 
 ATTACK = '</pre><script>alert("1")</script><img src=x onerror=alert(2)>'
 TEXT = "<detect>Find 1 relevant objects:\n<3d_box center=\"{}\">thing (red bbox)</3d_box></detect>\n<think>z.</think>" \
@@ -96,7 +95,7 @@ def folder(asked, tmp_path_factory):
         eval.write_json(folder / f"{name}.json", results)
     (folder / "sft").mkdir()
     (folder / "grpo").mkdir()
-    sft = [{"phase": phase, "step": i, "loss": 0.5 + float(random.random())} for phase in ("one", "two") for i in range(40)]
+    sft = [{"phase": phase, "step": i, "loss": 0.5 + random.random()} for phase in ("one", "two") for i in range(40)]
     grpo = [{"step": i, "lor_reward": 0.01 * i, "dtr_reward": 0.5, "dtr_detection": 0.9 - 0.01 * i} for i in range(30)]
     grpo[7]["lor_reward"] = float("nan")
     for name, lines in (("sft", sft), ("grpo", grpo)):
@@ -179,7 +178,8 @@ def test_the_curves_hold_the_points_of_the_logs(folder, page):
 def test_the_error_curve_is_the_share_of_objects_within_each_distance(folder, page):
     (curves,) = [[points(line) for line in page.all("polyline") if "raw" not in line["class"]][:2]]
     for name, curve in zip(("before", "after"), curves):
-        errors = [e for r in json.loads((folder / f"{name}.json").read_text())["responses"] for e in r["center_errors_m"]]
+        results = json.loads((folder / f"{name}.json").read_text())["responses"]
+        errors = [e for r in results for e in r["center_errors_m"]]
         for limit, share in curve[::10]:
             assert share == pytest.approx(sum(e is not None and e <= limit for e in errors) / len(errors), abs=1e-5)
         assert curve[0, 0] == 0 and curve[-1, 0] >= 1.2
@@ -215,8 +215,9 @@ def test_pictures_of_saved_answers_are_those_that_were_asked_about(page, asked):
 def test_centres_lie_where_the_camera_sees_them():
     row = {"source": "test", "intrinsics": [100, 100, 50, 40], "image": "", "conversations": [],
            "3d_pos": {mark: {"center_cam": [0.5, -0.2, 2.0]} for mark in ("red_bbox", "blue_point")}}
-    said = '<detect><3d_box center="1,0,4">a (red bbox)</3d_box><3d_box center="0,0,-1">b (blue point)</3d_box></detect>'
-    assert report.center_points(row, said, (96, 96)) == [((255, 0, 0), (75, 30), (75, 40)), ((0, 0, 255), (75, 30), None)]
+    said = '<detect><3d_box center="1,0,4">a (red bbox)</3d_box><3d_box center="0,0,-1">b (blue point)</3d_box>'
+    red, blue = report.center_points(row, said + "</detect>", (96, 96))
+    assert red == ((255, 0, 0), (75, 30), (75, 40)) and blue == ((0, 0, 255), (75, 30), None)
 
 
 def test_depth_is_light_near_dark_far_and_grey_where_there_is_none():
