@@ -17,13 +17,15 @@ from tqdm import tqdm
 
 import data
 import questions
+import report
 import rewards
 import run
-import scenes as scenes_file
 from model import rollout
 from run import setting
 
 METRICS = ["accuracy", "format", "reward", "detection"]
+FIELDS = {"table": {"path", "task", "n", "center_error_m", "center_error_m_ci", *METRICS},    # of an evaluation's JSON
+          "responses": {"index", "id", "path", "task", "question", "answer", "response", "center_errors_m", *METRICS}}
 
 
 @dataclass
@@ -40,6 +42,8 @@ class Settings:
     compare: list = setting([], "JSON files of earlier evaluations: only print them side by side, and what changed")
     json: str = setting("", "file for the table and every response with its reward parts")
     show: str = setting("", "folder for one picture a question: regions, predicted and true centres, response")
+    report: str = setting("", "HTML file for tables, charts and examples to browse; also of --compare")
+    runs: list = setting([], "report: folders whose metrics.jsonl it draws; empty: the model's, or the compared files'")
     seed: int = setting(0, "seed of the sampling at temperatures above 0")
 
 
@@ -233,7 +237,7 @@ def show_pictures(folder, rows, results):
     os.makedirs(folder, exist_ok=True)
     for row, result in zip(rows, results):
         image = data.draw_marks(data.open_image(row), row)
-        camera = data.intrinsics_of(row, *image.size)
+        points = report.center_points(row, result["response"], image.size)
         scale = max(1, round(640 / image.width))
         image = image.resize((image.width * scale, image.height * scale))
         text = f"{result['question']}\ntruth {result['answer']}   reward {result['reward']:.2f}\n{result['response']}"
@@ -242,43 +246,56 @@ def show_pictures(folder, rows, results):
         canvas.paste(image)
         pen = ImageDraw.Draw(canvas)
         pen.text((6, image.height + 6), text, fill="black")
-        found = {tag: center for _, tag, center in reversed(rewards.parse_boxes(result["response"])) if center}
-        for tag, center in (data.centers_of(row) or {}).items():
-            color = data.MARK_COLORS[tag.split()[0]]
-            u, v = scale * np.array(scenes_file.project(center, camera))
-            pen.ellipse([u - 6, v - 6, u + 6, v + 6], outline=color, width=2)
-            if tag in found and found[tag][2] > 0:
-                u, v = scale * np.array(scenes_file.project(found[tag], camera))
-                pen.line([u - 6, v - 6, u + 6, v + 6], fill=color, width=2)
-                pen.line([u - 6, v + 6, u + 6, v - 6], fill=color, width=2)
+        for color, *places in points:
+            true, said = (place and scale * np.array(place) for place in places)
+            if true is not None:
+                pen.ellipse([*(true - 6), *(true + 6)], outline=color, width=2)
+            if said is not None:
+                pen.line([*(said - 6), *(said + 6)], fill=color, width=2)
+                pen.line([*(said + (-6, 6)), *(said + (6, -6))], fill=color, width=2)
         canvas.save(os.path.join(folder, f"{result['index']:05d}_{result['path']}_{result['task']}.png"))
 
 
+def load_json(file):
+    """What write_json wrote."""
+    try:
+        with open(file) as handle:
+            found = json.load(handle)
+        lacking = [FIELDS[name] - set(one) for name in FIELDS for one in found[name] if FIELDS[name] - set(one)]
+        if lacking:
+            raise ValueError(f"without {', '.join(sorted(lacking[0]))}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise run.UserError(f"--compare {file}: not the JSON of an evaluation ({error})") from None
+    return found
+
+
 def compare(files):
-    """Tables of earlier evaluations side by side, and each against the first."""
-    found = []
-    for file in files:
-        try:
-            with open(file) as handle:
-                found.append(json.load(handle))
-        except (OSError, json.JSONDecodeError) as error:
-            raise run.UserError(f"--compare {file}: not the JSON of an evaluation ({error})") from None
+    """Tables of earlier evaluations side by side, and each against the first. -> the evaluations"""
+    found = [load_json(file) for file in files]
     show_table(*((file, one["table"]) for file, one in zip(files, found)))
     for file, one in zip(files, found):
         show_paths(file, one["responses"])
     for file, one in zip(files[1:], found[1:]):
         show_changes(f"{file} against {files[0]}", found[0]["responses"], one["responses"])
+    return found
 
 
 def main():
     settings = run.parse(Settings, __doc__)
     if settings.path not in ("lor", "dtr", "both"):
         raise run.UserError(f"--path {settings.path}: needs lor, dtr or both")
+    rows = [row for _, part, _ in data.user_sources(settings) for row in part]
+    runs = settings.runs or [os.path.dirname(file) for file in settings.compare] or [settings.model]
     if settings.compare:
-        return compare(settings.compare)
+        found = compare(settings.compare)
+        if settings.report:
+            titles = [os.path.splitext(os.path.basename(file))[0] for file in settings.compare]
+            titles = titles if len({*titles}) == len(titles) else settings.compare
+            named = [(title, one["table"], one["responses"]) for title, one in zip(titles, found)]
+            report.write(settings.report, named, rows, runs)
+        return
     device = run.setup(settings.seed)
     model, tokenizer, processor = run.load_model(settings.model)
-    rows = [row for _, part, _ in data.user_sources(settings) for row in part]
     rows = rows or held_out(settings.questions, run.image_side(processor))
     rows = [row for row in rows if settings.path in ("both", data.path_of(row))]
     if not rows:
@@ -289,6 +306,8 @@ def main():
         write_json(settings.json, results)
     if settings.show and run.rank() == 0:
         show_pictures(settings.show, rows, results)
+    if settings.report:
+        report.write(settings.report, [(settings.model, make_table(results), results)], rows, runs)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,267 @@
+"""The report's page: read back with html.parser and compared with the responses and logs that it was made from.
+
+    python -m pytest -q test_report.py                                 # seconds
+"""
+import base64
+import io
+import json
+import re
+import statistics
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import eval
+import report
+import run
+
+ATTACK = '</pre><script>alert("1")</script><img src=x onerror=alert(2)>'
+TEXT = "<detect>Find 1 relevant objects:\n<3d_box center=\"{}\">thing (red bbox)</3d_box></detect>\n<think>z.</think>" \
+       "\n<answer>{}</answer>"
+
+
+class Page(HTMLParser):
+    """Everything on a page: tags [(name, attributes)], tables as rows of text, articles, texts of pre elements."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.rows, self.articles, self.pre, self.open = [], [], [], [], []
+        self.text = path.read_text(encoding="utf-8")
+        self.feed(self.text)
+        self.close()
+        assert not self.open                                # every element that was opened is closed
+
+    def handle_starttag(self, name, attributes):
+        attributes = dict(attributes)
+        self.tags.append((name, attributes))
+        if name not in ("meta", "img"):
+            self.open.append(name)
+        if name == "tr":
+            self.rows.append([])
+        if name in ("td", "th"):
+            self.rows[-1].append("")
+        if name == "article":
+            self.articles.append(attributes)
+        if name == "pre":
+            self.pre.append("")
+
+    def handle_startendtag(self, name, attributes):
+        self.tags.append((name, dict(attributes)))
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, text):
+        if "td" in self.open or "th" in self.open:
+            self.rows[-1][-1] += text
+        if "pre" in self.open:
+            self.pre[-1] += text
+
+    def all(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def answered(rows, shift):
+    """Results as eval.answer makes them: every third answer right, each centre `shift` metres too far right."""
+    results = []
+    for i, row in enumerate(rows):
+        centers = data.centers_of(row) or {}
+        x, y, z = next(iter(centers.values()), (0, 0, 1))
+        text = TEXT.format(f"{x + shift},{y},{z}", data.answer_of(row) if i % 3 == 0 else "-100")
+        text = text[text.index("<think>"):] if data.path_of(row) == "lor" else text
+        results.append({"index": i, "id": row["id"], "path": data.path_of(row), "task": row["task"],
+                        "question": data.question_of(row), "answer": data.answer_of(row), "response": text,
+                        **eval.score(row, text)})
+    return results
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return eval.held_out(44, 96)
+
+
+@pytest.fixture(scope="module")
+def folder(asked, tmp_path_factory):
+    """Two evaluations as JSON, logs of both stages, and the page about all of it as eval.py writes it."""
+    folder, random = tmp_path_factory.mktemp("report"), np.random.default_rng(0)
+    for name, shift in (("before", 0.5), ("after", 0.25)):
+        results = answered(asked, shift)
+        i = {"before": 3, "after": 0}[name]                 # right in the other evaluation; wrong and hostile here
+        results[i] = {**results[i], "response": ATTACK, **eval.score(asked[i], ATTACK)}
+        eval.write_json(folder / f"{name}.json", results)
+    (folder / "sft").mkdir()
+    (folder / "grpo").mkdir()
+    sft = [{"phase": phase, "step": i, "loss": 0.5 + random.random()} for phase in ("one", "two") for i in range(40)]
+    grpo = [{"step": i, "lor_reward": 0.01 * i, "dtr_reward": 0.5, "dtr_detection": 0.9 - 0.01 * i} for i in range(30)]
+    grpo[7]["lor_reward"] = float("nan")
+    for name, lines in (("sft", sft), ("grpo", grpo)):
+        (folder / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compare(folder, "before.json", "after.json", runs=["sft", "grpo"])
+    return folder
+
+
+def compare(folder, *files, runs=()):
+    """eval.py --compare FILES --report page.html --runs RUNS, in this process."""
+    runs = ["--runs", *(str(folder / name) for name in runs)] if runs else []
+    sys.argv = ["eval.py", "--compare", *(str(folder / name) for name in files), "--report",
+                str(folder / "page.html"), *runs]
+    eval.main()
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return Page(folder / "page.html")
+
+
+def test_the_page_asks_for_nothing_from_elsewhere(page):
+    assert not {name for name, _ in page.tags} & {"link", "iframe", "object", "embed", "base", "a", "use", "video"}
+    for _, attributes in page.tags:
+        for key in ("src", "href", "srcset", "action", "xlink:href"):
+            assert attributes.get(key, "data:").startswith("data:")
+    rest = re.sub(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+", "", page.text)
+    assert "//" not in rest and "@import" not in rest and "url(" not in rest
+    (policy,) = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
+    assert "default-src 'none'" in policy and "http" not in policy
+    assert len(page.text) < 10e6
+
+
+def test_the_tables_hold_the_means_of_the_responses(folder, page):
+    for name in ("before", "after"):
+        results = json.loads((folder / f"{name}.json").read_text())["responses"]
+        for path, task in {(r["path"], r["task"]) for r in results}:
+            part = [r for r in results if (r["path"], r["task"]) == (path, task)]
+            expected = [task, name, str(len(part))]
+            rows = [row for row in page.rows if row[:3] == expected]
+            assert len(rows) == 2                           # the same task is in the table of either path
+            row = rows[path == "dtr"]
+            for place, key in ((3, "accuracy"), (4, "format"), (6, "reward")):
+                assert row[place].split()[0] == f"{statistics.mean(r[key] for r in part):.3f}"
+                half = 1.96 * statistics.stdev(r[key] for r in part) / len(part)**0.5
+                assert row[place].split()[1] == f"±{half:.3f}"
+            errors = [e for r in part for e in r["center_errors_m"] if e is not None]
+            missed = [e for r in part for e in r["center_errors_m"] if e is None]
+            if path == "lor" or not errors + missed:
+                assert row[5] == row[7] == "–"
+            elif not missed:
+                assert row[7].startswith(f"{statistics.median(errors):.3f} [")
+
+
+def test_the_bars_are_as_long_as_the_accuracies(folder, page):
+    table = json.loads((folder / "after.json").read_text())["table"]
+    wide = [tag["width"] for tag in page.all("rect")]
+    assert len(wide) == 2 * len(table)                      # two evaluations
+    assert {f"{100 * line['accuracy']:.2f}%" for line in table} <= set(wide)
+
+
+def points(polyline):
+    return np.array([pair.split(",") for pair in polyline["points"].split()], float)
+
+
+def test_the_curves_hold_the_points_of_the_logs(folder, page):
+    drawn = [points(line) for line in page.all("polyline") if "raw" in line["class"]]
+    expected = []
+    for name, keys in (("sft", ["loss"]), ("grpo", ["dtr_detection", "lor_reward", "dtr_reward"])):
+        lines = [json.loads(line) for line in open(folder / name / "metrics.jsonl")]
+        for phase in dict.fromkeys(line.get("phase") for line in lines):
+            for key in keys:
+                values = [(line["step"], line.get(key, np.nan)) for line in lines if line.get("phase") == phase]
+                expected.append([pair for pair in values if pair[1] == pair[1]])             # less the one NaN
+    assert [len(e) for e in expected] == [40, 40, 30, 29, 30] == [len(d) for d in drawn]
+    for curve, values in zip(drawn, expected):
+        np.testing.assert_allclose(curve, values, rtol=1e-5)
+
+
+def test_the_error_curve_is_the_share_of_objects_within_each_distance(folder, page):
+    (curves,) = [[points(line) for line in page.all("polyline") if "raw" not in line["class"]][:2]]
+    for name, curve in zip(("before", "after"), curves):
+        results = json.loads((folder / f"{name}.json").read_text())["responses"]
+        errors = [e for r in results for e in r["center_errors_m"]]
+        for limit, share in curve[::10]:
+            assert share == pytest.approx(sum(e is not None and e <= limit for e in errors) / len(errors), abs=1e-5)
+        assert curve[0, 0] == 0 and curve[-1, 0] >= 1.2
+
+
+def test_every_example_carries_what_the_filters_ask_for(folder, page):
+    before, after = (json.loads((folder / f"{name}.json").read_text())["responses"] for name in ("before", "after"))
+    right = lambda result: result["accuracy"] >= 0.5
+    expected = [(a["task"], a["path"], "right" if right(a) else "wrong",
+                 {(0, 1): "gained", (1, 0): "lost"}.get((right(b), right(a)), "none")) for b, a in zip(before, after)]
+    names = ["data-task", "data-path", "data-answer", "data-change"]
+    assert [tuple(article[name] for name in names) for article in page.articles] == expected     # all 88, in order
+    assert [kind[3] for kind in expected[:4]] == ["lost", "none", "none", "gained"]
+    assert [select["name"] for select in page.all("select")] == ["task", "path", "answer", "change"]
+    assert page.pre == [r["response"] for pair in zip(before, after) for r in pair]
+
+
+def test_text_of_a_model_stays_text(page):
+    assert ATTACK in page.pre and len(page.all("script")) == 1
+    assert not [1 for _, attributes in page.tags if "onerror" in attributes]
+
+
+def test_pictures_of_saved_answers_are_those_that_were_asked_about(page, asked):
+    pictures = [tag["src"].partition(",")[2] for tag in page.all("img")]
+    assert len(pictures) == 2 * len(asked)                  # picture and depth
+    for i in (1, 30, 87):
+        shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[2 * i]))), float)
+        truth = np.asarray(data.draw_marks(data.open_image(asked[i]), asked[i]), float)
+        assert np.abs(shown - truth).mean() < 6             # JPEG
+        assert min(np.abs(shown - data.open_image(row)).mean() for row in asked if row["task"] != asked[i]["task"]) > 12
+
+
+def test_centres_lie_where_the_camera_sees_them():
+    row = {"source": "test", "intrinsics": [100, 100, 50, 40], "image": "", "conversations": [],
+           "3d_pos": {mark: {"center_cam": [0.5, -0.2, 2.0]} for mark in ("red_bbox", "blue_point")}}
+    said = '<detect><3d_box center="1,0,4">a (red bbox)</3d_box><3d_box center="0,0,-1">b (blue point)</3d_box>'
+    red, blue = report.center_points(row, said + "</detect>", (96, 96))
+    assert red == ((255, 0, 0), (75, 30), (75, 40)) and blue == ((0, 0, 255), (75, 30), None)
+
+
+def test_depth_is_light_near_dark_far_and_grey_where_there_is_none():
+    picture, words = report.depth_picture(np.array([[1.0] * 50 + [5.0] * 50 + [np.nan]], np.float32))
+    near, far, none = (np.asarray(picture, float)[0, i].mean() for i in (0, 60, 100))
+    assert near > 180 > none == 128 > 60 > far and words == "depth: 1.0 m (light) to 5.0 m (dark)"
+
+
+def test_examples_are_spread_and_few(asked, tmp_path, monkeypatch):
+    results = answered(asked, 0.1)
+    monkeypatch.setattr(report, "EXAMPLES", 33)
+    report.write(tmp_path / "a.html", [("run", eval.make_table(results), results)], asked)
+    articles = Page(tmp_path / "a.html").articles
+    kinds = [(a["data-task"], a["data-path"], a["data-answer"]) for a in articles]
+    assert len(kinds) == 33 and len(set(kinds)) >= 30       # 11 tasks, 2 paths, right and wrong
+    monkeypatch.setattr(report, "EXAMPLE_BYTES", 50_000)
+    report.write(tmp_path / "b.html", [("run", eval.make_table(results), results)], asked)
+    assert 1 <= len(Page(tmp_path / "b.html").articles) < 10
+    assert (tmp_path / "b.html").stat().st_size < 100_000
+
+
+def test_answers_of_unknown_origin_have_no_picture(asked, tmp_path):
+    results = [{**r, "id": f"mine {i}"} for i, r in enumerate(answered(asked[:4], 0.1))]
+    report.write(tmp_path / "a.html", [("run", eval.make_table(results), results)])
+    found = Page(tmp_path / "a.html")
+    assert len(found.articles) == 4 and not found.all("img")
+    report.write(tmp_path / "empty.html", [("run", [], [])])
+    assert not Page(tmp_path / "empty.html").articles
+
+
+def test_a_run_without_a_log_is_one_line(folder, capsys):
+    compare(folder, "after.json", runs=["nothing"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "metrics.jsonl" in line]
+    assert len(lines) == 1 and "nothing" in lines[0]
+
+
+@pytest.mark.parametrize("file, text, says", [
+    ("bad.json", "{", "bad.json"), ("bad.json", "[]", "bad.json"), ("bad.json", '{"table": []}', "responses"),
+    ("bad.json", '{"table": [], "responses": [{"id": 1}]}', "accuracy"),
+    ("log/metrics.jsonl", '{"step": 0}\n{"step": 1', "line 2"), ("log/metrics.jsonl", "3\n", "line 1"),
+    ("log/metrics.jsonl", '{"loss": 1}\n', "line 1")])
+def test_malformed_files_are_one_line(file, text, says, folder, capsys):
+    (folder / "log").mkdir(exist_ok=True)
+    (folder / file).write_text(text)
+    with pytest.raises(run.UserError, match=re.escape(file)) as error:
+        compare(folder, "bad.json" if file == "bad.json" else "after.json", runs=["log"])
+    assert says in str(error.value) and "\n" not in str(error.value)
