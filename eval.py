@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
@@ -238,7 +238,7 @@ def show_pictures(folder, rows, results):
         image = image.resize((image.width * scale, image.height * scale))
         text = f"{result['question']}\ntruth {result['answer']}   reward {result['reward']:.2f}\n{result['response']}"
         lines = text.count("\n") + 1
-        canvas = data.Image.new("RGB", (max(image.width, 640), image.height + 20 + 14 * lines), "white")
+        canvas = Image.new("RGB", (max(image.width, 640), image.height + 20 + 14 * lines), "white")
         canvas.paste(image)
         pen = ImageDraw.Draw(canvas)
         pen.text((6, image.height + 6), text, fill="black")
