@@ -1,8 +1,10 @@
-"""Blended data: instances (JSON files or the embedded world) -> model inputs.
+"""Blended data: instances (files or the embedded world) -> model inputs.
 
-An instance is a dict in the format of the authors' published sets (see README, "Your own data"): picture, optional
-depth map and intrinsics, a question, a target, coloured marks, region boxes, and "3d_pos" for the DTR path. Marks are
-drawn on the picture for both paths; only DTR questions carry `<mask>` placeholders, one for each region.
+    python data.py check FILE...                                       # what is in the files, and what is wrong there
+
+An instance is a dict in the format of the authors' published sets (instances.py): pictures, optional depth maps and
+intrinsics, a question, a target, coloured marks, region boxes, and "3d_pos" for the DTR path. Marks are drawn on the
+pictures for both paths; only DTR questions carry `<mask>` placeholders, one for each region.
 
 Differences from the paper's release (SR-REAL, arXiv 2606.17539):
 1. A bad row is an error that names file, row and field; `--skip_bad_rows` counts and lists them. (There: resampled.)
@@ -12,21 +14,25 @@ Differences from the paper's release (SR-REAL, arXiv 2606.17539):
 """
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 import questions
-from instances import (MARK_COLORS, REGION, BadRow, answer_of, boxes_of, centers_of, check_row, draw_marks,
-                       intrinsics_of, load_instances, open_depth, open_image, path_of, question_of, region_masks, turns)
+from files import Rows
+from instances import (IMAGE, MARK_COLORS, REGION, BadRow, answer_of, best_path, centers_of, check_row, draw_marks,
+                       images_of, intrinsics_of, on_paths, open_depth, open_image, path_of, question_of,
+                       reference_frame, region_mask, regions_of, text_of, turns)
 from model import POINT_DIM, encode_points, point_map, region_weights, to_patches
 from rewards import extract_answer
 from scenes import load_scenes, make_scene
 
-# Released checkpoints of the authors would need the authors' wording: these two constants are the only place to change.
+# Released checkpoints of the authors would need the authors' wording: change these constants, nothing else.
 FIRST = "You are a helpful assistant. The user asks a question, and then you solve it. "
 LOR_PROMPT = FIRST + ("First think about it, then answer: the reasoning inside <think> </think>, the answer inside "
                       "<answer> </answer>.\n{Q}")
@@ -35,6 +41,9 @@ DTR_PROMPT = FIRST + ("First detect the 3D centers of the relevant objects in me
                       '<3d_box center="0.3,-0.8,3.3">chair (red bbox)</3d_box></detect>\n'
                       "<think>The depth is z:3.3.</think>\n<answer>3.3</answer>\n{Q}")
 PROMPTS = {"lor": LOR_PROMPT, "dtr": DTR_PROMPT}
+# DTR with several images: the centres are in the camera frame of one of them, K.
+DTR_IMAGES_PROMPT = (DTR_PROMPT.replace("in meters (", "in the camera frame of image {K} (0 is the first), in meters (")
+                     .replace("<detect>Find 1", "<detect>After aligning to the reference frame {K}, find 1"))
 
 IMAGE_START, IMAGE_PAD, IMAGE_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 CHAT = "<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n"
@@ -69,23 +78,55 @@ def tiny_image_processor(size, patch, merge):
 
 
 def encode(row, tokenizer, processor, train):
-    """One instance -> dict of tensors. train: with its target, and without a template where that has no <answer>."""
-    image = open_image(row)
-    width, height = image.size
-    question, target = question_of(row), turns(row)[1]
-    masks, depth = region_masks(row, width, height), open_depth(row, width, height)
-    vision = processor(images=[draw_marks(image, row)], return_tensors="pt")
-    grid, merge = tuple(vision["image_grid_thw"][0, 1:].tolist()), processor.merge_size
-    points = torch.full((grid[0] * grid[1], POINT_DIM), math.nan)
-    if depth is not None:
-        camera = intrinsics_of(row, width, height)
-        points = patch_points(Depth((row["source"], depth.shape, camera), depth), camera, grid, merge)
-    text = question if train and extract_answer(target) is None else PROMPTS[path_of(row)].replace("{Q}", question)
-    pads = IMAGE_START + IMAGE_PAD * (len(points) // merge**2) + IMAGE_END
-    return {"prompt": tokenizer(CHAT.format(images=pads, text=text))["input_ids"],
+    """One instance -> dict of tensors. train: with its target, and without a template where that has no <answer>.
+
+    points (P, POINT_DIM) and regions (R, P) are over the patches of all images of the row.
+    """
+    images, target = [open_image(row, i) for i in range(len(images_of(row)))], turns(row)[1]
+    vision = processor(images=[draw_marks(image, row, i) for i, image in enumerate(images)], return_tensors="pt")
+    grids, merge = [tuple(grid) for grid in vision["image_grid_thw"][:, 1:].tolist()], processor.merge_size
+    sizes, patches = [image.size for image in images], [rows * columns for rows, columns in grids]
+    points = torch.cat([image_points(row, i, sizes[i], grid, merge) for i, grid in enumerate(grids)])
+    regions = regions_of(row, sizes)
+    weights = torch.zeros(len(regions), len(points))
+    for weight, (i, box) in zip(weights, regions):          # 0 over the patches of the other images
+        mask = region_mask(box, *sizes[i])
+        weight.split(patches)[i].copy_(region_weights(mask[None], grids[i], merge)[0])
+    template = not train or extract_answer(target) is not None
+    pads = [IMAGE_START + IMAGE_PAD * (count // merge**2) + IMAGE_END for count in patches]
+    return {"prompt": tokenizer(prompt_text(row, template, pads))["input_ids"],
             "target": tokenizer(target + tokenizer.eos_token)["input_ids"] if train else [],
             "pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"], "points": points,
-            "regions": region_weights(masks, grid, merge) if len(masks) else torch.zeros(0, len(points))}
+            "regions": weights}
+
+
+def prompt_text(row, template, pads):
+    """The chat up to the response. An image (its run of pads) stands where the text says `<image>`, else in front."""
+    text = text_of(row)
+    if IMAGE not in text:
+        text = IMAGE * len(pads) + text
+    front = re.match(rf"(\s*{IMAGE})*", text)[0]            # in front of the template, too
+    text, count = text.removeprefix(front).strip(), front.count(IMAGE)
+    if count + text.count(IMAGE) != len(pads):
+        raise BadRow(f"{row['source']}: field 'conversations': {len(pads)} images need as many <image>, or none")
+    if template:
+        several = path_of(row) == "dtr" and len(pads) > 1
+        prompt = DTR_IMAGES_PROMPT.replace("{K}", str(reference_frame(row))) if several else PROMPTS[path_of(row)]
+        text = prompt.replace("{Q}", text)
+    for pad in pads[count:]:
+        text = text.replace(IMAGE, pad, 1)
+    return CHAT.format(images="".join(pads[:count]), text=text)
+
+
+def image_points(row, index, size, grid, merge):
+    """Encoded 3D points (P, POINT_DIM) of one image; NaN without depth."""
+    depth = open_depth(row, *size, index)
+    if depth is None:
+        return torch.full((grid[0] * grid[1], POINT_DIM), math.nan)
+    camera = intrinsics_of(row, *size, index)
+    key = Depth((row["source"], index, depth.shape, camera), depth)
+    cached = isinstance(row["depth"], np.ndarray)           # in memory anyway; a file's rows are used once an epoch
+    return (patch_points if cached else patch_points.__wrapped__)(key, camera, grid, merge)
 
 
 @dataclass(frozen=True)
@@ -137,28 +178,16 @@ def cached_scene(seed, size):
 
 
 def file_source(spec, skip_bad_rows=False):
-    """"FILE" or "FILE*weight" (JSON instances), all rows checked -> (name, rows, weight)."""
+    """"FILE" or "FILE*weight" (instances) -> (name, rows, weight). The first 20 rows are checked now, all on use."""
     path, _, weight = spec.partition("*")
     try:
         weight = float(weight or 1)
     except ValueError:
         raise BadRow(f"--data {spec}: needs FILE or FILE*weight, weight a number") from None
-    good, bad = [], []
-    for row in load_instances(path):
-        try:
-            check_row(row)
-            good.append(row)
-        except BadRow as error:
-            if not skip_bad_rows:
-                raise BadRow(f"{error} (--skip_bad_rows leaves such rows out)") from None
-            bad.append(str(error))
-    for line in bad[:20]:
-        print(f"skipped: {line}", flush=True)
-    if bad:
-        print(f"{path}: {len(bad)} of {len(good) + len(bad)} rows skipped", flush=True)
-    if not good or not weight > 0:
+    rows = Rows(path, skip_bad_rows)
+    if not list(islice(rows, 20)) or not weight > 0:
         raise BadRow(f"--data {spec}: no usable row, or a weight of 0")
-    return os.path.basename(path), good, weight
+    return os.path.basename(path), rows, weight
 
 
 def scenes_source(path):
@@ -262,3 +291,8 @@ class Blend:
 @lru_cache(maxsize=64)
 def shuffle(length, seed):
     return np.random.default_rng(seed).permutation(length)
+
+
+if __name__ == "__main__":
+    import check                                            # here, because it builds on this file
+    check.main()

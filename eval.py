@@ -85,13 +85,12 @@ def decode(tokenizer, tokens, mask, stop):
 
 def score(row, response):
     """Reward parts of one response, and the distance (metres) of each asked-for centre from its prediction."""
-    centers = data.centers_of(row)
+    centers, images, question = data.centers_of(row), len(data.images_of(row)), data.question_of(row)
     try:
-        parts = rewards.total_reward(response, data.answer_of(row), data.path_of(row), centers,
-                                     question=data.question_of(row))
+        parts = rewards.total_reward(response, data.answer_of(row), data.path_of(row), centers, images, question)
     except ValueError as error:
         raise data.BadRow(f"{row['source']}: {error}") from None
-    errors = list(rewards.center_errors(response, centers, question=data.question_of(row)).values()) if centers else []
+    errors = list(rewards.center_errors(response, centers, images, question).values()) if centers else []
     return {"accuracy": parts["accuracy"], "format": parts["format"], "reward": parts["total"],
             "detection": parts["detection"], "center_errors_m": errors}
 
@@ -232,8 +231,9 @@ def show_pictures(folder, rows, results):
     """One PNG a question: marks, true (circle) and predicted (cross) centres projected into it, the response below."""
     os.makedirs(folder, exist_ok=True)
     for row, result in zip(rows, results):
-        image = data.draw_marks(data.open_image(row), row)
-        camera = data.intrinsics_of(row, *image.size)
+        k = data.reference_frame(row)
+        image = data.draw_marks(data.open_image(row, k), row, k)
+        camera = data.intrinsics_of(row, *image.size, k)
         scale = max(1, round(640 / image.width))
         image = image.resize((image.width * scale, image.height * scale))
         text = f"{result['question']}\ntruth {result['answer']}   reward {result['reward']:.2f}\n{result['response']}"
@@ -243,7 +243,8 @@ def show_pictures(folder, rows, results):
         pen = ImageDraw.Draw(canvas)
         pen.text((6, image.height + 6), text, fill="black")
         found = {tag: center for _, tag, center in reversed(rewards.parse_boxes(result["response"])) if center}
-        for tag, center in (data.centers_of(row) or {}).items():
+        centers = {tag: at.get(k) if isinstance(at, dict) else at for tag, at in (data.centers_of(row) or {}).items()}
+        for tag, center in ((tag, at) for tag, at in centers.items() if at and at[2] > 0):
             color = data.MARK_COLORS[tag.split()[0]]
             u, v = scale * np.array(scenes_file.project(center, camera))
             pen.ellipse([u - 6, v - 6, u + 6, v + 6], outline=color, width=2)
