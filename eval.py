@@ -7,6 +7,7 @@ Every question is asked on both paths. Per path and task: accuracy, format, tota
 centre error (median over the asked-for objects, metres; an object without a box of its own counts as infinitely far).
 """
 import json
+import math
 import os
 from dataclasses import dataclass
 
@@ -33,7 +34,7 @@ class Settings:
     scenes: str = setting("", "scenes.jsonl: ask the region questions about these pictures (real ones too)")
     skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
     questions: int = setting(1320, "embedded world: number of held-out questions; each is asked on both paths")
-    path: str = setting("both", "lor, dtr or both")
+    path: str = setting("both", "lor, dtr, both, or auto: dtr for regions and geometry, lor otherwise")
     temperature: float = setting(0.0, "0 is greedy (paper: 0.5 during training)")
     max_new_tokens: int = setting(160, "longest response (paper: 2048)")
     batch: int = setting(240, "prompts at once on a rank")
@@ -113,7 +114,8 @@ def answer(model, tokenizer, processor, rows, device, settings, title="evaluatio
             for i, text in zip(part, decode(tokenizer, tokens, mask, set(stop.tolist()))[0]):
                 results.append({"index": i, "id": rows[i].get("id", str(i)), "path": data.path_of(rows[i]),
                                 "task": rows[i].get("task", "question"), "question": data.question_of(rows[i]),
-                                "answer": data.answer_of(rows[i]), "response": text, **score(rows[i], text)})
+                                "auto": data.best_path(rows[i]), "answer": data.answer_of(rows[i]), "response": text,
+                                **score(rows[i], text)})
     return sorted(run.gather(results), key=lambda r: r["index"])
 
 
@@ -195,13 +197,37 @@ def show_changes(title, before, after):
             run.say("  dtr median centre error {:+.3f} m, 95 % interval [{:+.3f}, {:+.3f}]".format(*paired_error(b, a)))
 
 
+def same_answer(one, other):
+    """Do two responses give the same answer? A letter, a number (to a tenth of itself) or a text."""
+    said = [rewards.extract_answer(text) or text for text in (one, other)]
+    for read in (rewards.read_choice, rewards.read_number):
+        values = [read(text) for text in said]
+        if None not in values:
+            return values[0] == values[1] or read is rewards.read_number and math.isclose(*values, rel_tol=0.1)
+    return rewards.plain(said[0]) == rewards.plain(said[1])
+
+
+def path_choice(lor, dtr):
+    """Results of the same questions on the two paths -> accuracy of LOR, DTR, the automatic choice between them and the
+    best one (an oracle), with intervals; and the share of the questions to which the paths answer the same."""
+    pairs = list(zip(lor, dtr))
+    columns = {"lor": [a["accuracy"] for a, _ in pairs], "dtr": [b["accuracy"] for _, b in pairs],
+               "auto": [(b if a["auto"] == "dtr" else a)["accuracy"] for a, b in pairs],
+               "oracle": [max(a["accuracy"], b["accuracy"]) for a, b in pairs],
+               "agreement": [float(same_answer(a["response"], b["response"])) for a, b in pairs]}
+    return {name: mean_interval(values) for name, values in columns.items()}
+
+
 def show_paths(title, results):
-    """Print the accuracy of DTR minus that of LOR over the same questions."""
+    """Print the accuracy of DTR minus that of LOR over the same questions, and what a choice between them is worth."""
     lor, dtr = ([r for r in results if r["path"] == path] for path in ("lor", "dtr"))
-    if len(lor) == len(dtr) and [r["answer"] for r in lor] == [r["answer"] for r in dtr]:
+    if lor and len(lor) == len(dtr) and [r["answer"] for r in lor] == [r["answer"] for r in dtr]:
         gaps = {name: paired(lor, dtr, "accuracy", tasks) for name, tasks in pools(lor).items() if name != "all"}
         text = "".join(f"  {name} {gap[0]:+.3f} ±{gap[1]:.3f}" for name, gap in gaps.items())
         run.say(f"{title}: accuracy of DTR minus LOR{text}")
+        if all("auto" in r for r in lor):                   # not in the JSON of earlier versions
+            text = "".join(f"  {name} {mean:.3f} ±{half:.3f}" for name, (mean, half) in path_choice(lor, dtr).items())
+            run.say(f"{title}: choice of the path{text}")
 
 
 def show_table(*named):
@@ -273,19 +299,20 @@ def compare(files):
 
 def main():
     settings = run.parse(Settings, __doc__)
-    if settings.path not in ("lor", "dtr", "both"):
-        raise run.UserError(f"--path {settings.path}: needs lor, dtr or both")
+    if settings.path not in ("lor", "dtr", "both", "auto"):
+        raise run.UserError(f"--path {settings.path}: needs lor, dtr, both or auto")
     if settings.compare:
         return compare(settings.compare)
     device = run.setup(settings.seed)
     model, tokenizer, processor = run.load_model(settings.model)
     rows = [row for _, part, _ in data.user_sources(settings) for row in part]
     rows = rows or held_out(settings.questions, run.image_side(processor))
-    rows = [row for row in rows if settings.path in ("both", data.path_of(row))]
+    rows = data.on_paths(rows, settings.path)
     if not rows:
-        raise run.UserError("nothing to answer: no row of this path, or no question asked for")
+        raise run.UserError("nothing to answer: no question asked for")
     results = answer(run.shard(model, device), tokenizer, processor, rows, device, settings)
     show_table((settings.model, make_table(results)))
+    show_paths(settings.model, results)
     if settings.json:
         write_json(settings.json, results)
     if settings.show and run.rank() == 0:
