@@ -89,15 +89,18 @@ def best_path(row):
 
 
 def on_paths(rows, path):
-    """Each question once a path: path "lor", "dtr", "both" or "auto" (the best of the two). Rows that are the same
-    question on the two paths count as one question."""
-    asked = {}
+    """Each question on path "lor", "dtr", "both", or "auto" (the better one). A LOR and a DTR row with the same
+    pictures, marks and words are one question."""
+    asked, last = [], {}
     for row in rows:
         pictures = [row["source"] if isinstance(v, np.ndarray) else str(v) for v in images_of(row)]
         key = (*pictures, question_of(row).replace(f" {REGION}", ""), str([row[field] for field in mark_fields(row)]))
-        asked.setdefault(key, {})[path_of(row)] = row
+        if key not in last or path_of(row) in last[key]:
+            last[key] = {}
+            asked.append(last[key])
+        last[key][path_of(row)] = row
     wanted = lambda twins: {"both": ["lor", "dtr"], "auto": [best_path([*twins.values()][0])]}.get(path, [path])
-    return [twins.get(p) or on_path([*twins.values()][0], p) for twins in asked.values() for p in wanted(twins)]
+    return [twins.get(p) or on_path([*twins.values()][0], p) for twins in asked for p in wanted(twins)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -551,6 +551,7 @@ def test_on_paths_asks_each_question_once_a_path():
     rows = eval.held_out(11, 96)
     assert [id(row) for row in instances.on_paths(rows, "both")] == [id(row) for row in rows]    # twins already
     assert [id(row) for row in instances.on_paths(rows, "lor")] == [id(row) for row in rows[::2]]
+    assert len(instances.on_paths(rows + rows, "both")) == 44                                # no row is lost
     auto = instances.on_paths(rows, "auto")
     assert [(row["task"], instances.path_of(row)) for row in auto] == \
         [(row["task"], "dtr" if "red_bbox" in row else "lor") for row in rows[::2]]
