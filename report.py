@@ -182,7 +182,9 @@ def run_charts(folder):
 def center_points(row, response, size):
     """Asked-for centres in the picture, size (width, height): [(rgb of the mark, true, predicted), ...], each place
     (u, v) in pixels, or None where there is none."""
-    camera = data.intrinsics_of(row, *size)
+    k = data.reference_frame(row)                           # the only picture that centres belong to
+    camera = data.intrinsics_of(row, *size, k)
+    centers = {mark: at.get(k) if isinstance(at, dict) else at for mark, at in (data.centers_of(row) or {}).items()}
     said = {mark: center for _, mark, center in reversed(rewards.parse_boxes(response))}     # the first box counts
 
     def place(center):
@@ -192,7 +194,7 @@ def center_points(row, response, size):
         return (u, v) if max(abs(u), abs(v)) < 1e6 else None
 
     return [(data.MARK_COLORS.get(mark.split()[0], (255, 255, 255)), place(center), place(said.get(mark)))
-            for mark, center in (data.centers_of(row) or {}).items()]
+            for mark, center in centers.items()]
 
 
 def depth_picture(depth):
@@ -207,8 +209,9 @@ def depth_picture(depth):
 def figures(row, responses):
     """The marked picture with true (o) and predicted centres, x for the last response, + for earlier ones; the depth.
     Each shape is drawn twice, white below its colour, to be seen on any picture."""
-    image = data.open_image(row)
-    (width, height), depth, shapes = image.size, data.open_depth(row, *image.size), ""
+    k = data.reference_frame(row)
+    image = data.open_image(row, k)
+    (width, height), depth, shapes = image.size, data.open_depth(row, *image.size, k), ""
     r, d = max(width, height) / 32, max(width, height) / 16
     cross, plus = f"m-{r:g},-{r:g}l{d:g},{d:g}m0,-{d:g}l-{d:g},{d:g}", f"m-{r:g},0h{d:g}m-{r:g},-{r:g}v{d:g}"
     for k, response in enumerate(responses, 1):
@@ -217,7 +220,7 @@ def figures(row, responses):
             found = [f'circle cx="{true[0]:.1f}" cy="{true[1]:.1f}" r="{r:g}"'] if true and last else []
             found += [f'path d="M{said[0]:.1f},{said[1]:.1f}{cross if last else plus}"'] if said else []
             shapes += "".join(f'<{shape} class="halo"/><{shape} stroke="rgb{rgb}"/>' for shape in found)
-    pictures = [(data.draw_marks(image, row), "the picture with its marks",
+    pictures = [(data.draw_marks(image, row, k), "the picture with its marks",
                  f'<svg viewBox="0 0 {width} {height}">{shapes}</svg>')]
     html = ""
     for picture, words, over in pictures + ([(*depth_picture(depth), "")] if depth is not None else []):
