@@ -19,6 +19,7 @@ import data
 import questions
 import rewards
 import run
+from instances import finite
 from scenes import project
 
 EXAMPLES, EXAMPLE_BYTES = 200, 8e6                          # most examples on a page, and most bytes of them together
@@ -155,7 +156,7 @@ def read_log(folder):
 
 def curve(lines, key, name, color):
     """A series of a chart, named with the means of its first and last tenth; None without two steps."""
-    found = [(line["step"], line[key]) for line in lines if data.finite([line["step"], line.get(key)], 2)]
+    found = [(line["step"], line[key]) for line in lines if finite([line["step"], line.get(key)], 2)]
     if len({step for step, _ in found}) < 2:
         return None
     x, y = np.array(found, float).T

@@ -208,7 +208,7 @@ def test_pictures_of_saved_answers_are_those_that_were_asked_about(page, asked):
     for i in (1, 30, 87):
         shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[2 * i]))), float)
         truth = np.asarray(data.draw_marks(data.open_image(asked[i]), asked[i]), float)
-        assert np.abs(shown - truth).mean() < 6             # JPEG
+        assert np.abs(shown - truth).mean() < 10            # JPEG; another scene is 20 or more away
         assert min(np.abs(shown - data.open_image(row)).mean() for row in asked if row["task"] != asked[i]["task"]) > 12
 
 
