@@ -326,9 +326,12 @@ def main():
     held_out = eval.held_out(settings.questions, run.image_side(processor)) if settings.questions else []
     asked = eval.Settings(max_new_tokens=settings.max_new_tokens)
     if held_out:
-        start = run.shard(copy.deepcopy(model), device)
-        before = eval.answer(start, tokenizer, processor, held_out, device, asked, "cold start")
-        eval.write_json(os.path.join(settings.out, "eval_cold_start.json"), before)
+        file = os.path.join(settings.out, "eval_cold_start.json")
+        before = eval.read_json(file) if settings.resume and os.path.isfile(file) else []
+        if len(before) != len(held_out):
+            start = run.shard(copy.deepcopy(model), device)
+            before = eval.answer(start, tokenizer, processor, held_out, device, asked, "cold start")
+            eval.write_json(file, before)
     model = train(settings, model, tokenizer, processor, blend, device)
     if held_out:
         after = eval.answer(model, tokenizer, processor, held_out, device, asked, "after GRPO")

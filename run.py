@@ -58,6 +58,8 @@ def main(function):
         if str(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:                               # outside of the training, which ends on its own terms
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,4 +1,5 @@
 """What a run tells while it runs: metrics.jsonl (TensorBoard, wandb), where its time goes, which rank is stuck."""
+import atexit
 import json
 import math
 import os
@@ -112,14 +113,17 @@ def watch_ranks(limit):
     """Name the ranks that are behind the others and make no progress for `limit` seconds, long before a collective
     gives up (run.TIMEOUT). A thread on each rank beats through the store of the process group. -> stops it."""
     stop, store = threading.Event(), dist.distributed_c10d._get_default_store()
+    keys = [f"beat{rank}" for rank in range(run.world())]
 
     def loop():
         seen, told = {}, -limit                             # rank -> its laps, and when they were new here
         while not stop.wait(limit / 10):
             mine = [now["laps"], f"'{now['phase']}' of step {now['step']}, {place()}"]
             try:
-                store.set(f"beat{run.rank()}", json.dumps(mine))
-                beats = [json.loads(store.get(f"beat{rank}")) for rank in range(run.world())]
+                store.set(keys[run.rank()], json.dumps(mine))
+                if not store.check(keys):                   # get would wait for it
+                    continue
+                beats = [json.loads(store.get(key)) for key in keys]
             except (RuntimeError, ValueError):              # the processes are taking leave
                 return
             moment = time.monotonic()
@@ -135,6 +139,13 @@ def watch_ranks(limit):
                       file=sys.stderr, flush=True)
                 told = moment
 
-    if run.world() > 1:
-        threading.Thread(target=loop, daemon=True).start()
-    return stop.set
+    def end():
+        stop.set()
+        thread.join(timeout=10)
+
+    thread = threading.Thread(target=loop, daemon=True)
+    if run.world() == 1:
+        return stop.set
+    thread.start()
+    atexit.register(end)                                    # a thread inside the store would abort the exit
+    return end
