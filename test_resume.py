@@ -56,18 +56,25 @@ def tokenizer():
 
 
 def start(program, tokenizer, out, more):
-    """What main() of a program does, with a tiny model and four rows."""
-    module = {"sft": sft, "grpo": grpo}[program]
-    settings = dataclasses.replace(module.Settings(), out=str(out), **{**SMALL[program], **more})
-    model = make_model(tokenizer, dtype=torch.float32)
-    if program == "grpo":
-        eval.score = lambda row, text: {"reward": zlib.crc32(text.encode()) % 7 / 6, **dict.fromkeys(
-            ("accuracy", "format"), 0.0), "detection": None, "center_errors_m": []}
-        return grpo.train(settings, model, tokenizer, make_processor(), Endless(), CPU)
+    """What main() of a program does, with a tiny model and a few rows; "both": that of grpo.py, which cold-starts."""
+    parts = make_model(tokenizer, dtype=torch.float32), tokenizer, make_processor()
     rows = [{**row, "id": i, "conversations": [row["conversations"][0], {"from": "gpt", "value": TEXTS[i % 3]}]}
             for i, row in enumerate(ROWS * 5)]
-    data.perception_blend = lambda *_: [("easy", rows[:9], 1.0)]
-    return sft.train(settings, model, tokenizer, make_processor(), [("hard", rows, 1.0)], CPU)
+    data.perception_blend, data.cold_start_blend, data.rl_blend = (
+        lambda *_, **__: [("all", some, 1.0)] for some in (rows[:9], rows, ROWS))
+    eval.score = lambda row, text: {"reward": zlib.crc32(text.encode()) % 7 / 6, "accuracy": 0.0, "format": 0.0,
+                                    "detection": None, "center_errors_m": []}
+    if program == "both":
+        cold, run.new_model, run.setup = sft.Settings, lambda *_: parts, lambda seed: CPU   # it was called, threads set
+        sft.Settings = lambda **given: dataclasses.replace(cold(), **given, **SMALL["sft"])
+        os.makedirs(out, exist_ok=True)
+        os.chdir(out)
+        words = [f"--{name}={value}" for name, value in {**SMALL["grpo"], "questions": 0}.items()]
+        sys.argv = ["grpo.py", *words, "--resume" if more["resume"] else "--no-resume"]
+        return grpo.main()
+    module = {"sft": sft, "grpo": grpo}[program]
+    settings = dataclasses.replace(module.Settings(), out=str(out), **{**SMALL[program], **more})
+    return module.train(settings, *parts, Endless() if program == "grpo" else data.cold_start_blend(), CPU)
 
 
 def launch(program, tokenizer, out, before=lambda: None, rank=0, world=1, **more):
@@ -246,6 +253,24 @@ def test_a_finished_run_resumes_to_its_end_and_nothing_is_overwritten_by_acciden
     assert finish("grpo", tokenizer, out) == 2 and "--resume" in said(out)
     assert finish("grpo", tokenizer, out, resume=True) == 0
     assert_equal(out, "grpo", unbroken)
+
+
+def test_the_one_command_that_cold_starts_and_trains_resumes_in_either_stage(tokenizer, tmp_path):
+    outs = [tmp_path / "unbroken", tmp_path / "killed"]
+    assert finish("both", tokenizer, outs[0], resume=False) == 0, said(outs[0])
+    stages = set()
+    for count in (3, 7, 10):                                # lines that are there when the kill comes: 8 + 4 in the end
+        pid, lines = launch("both", tokenizer, outs[1], resume=True), 0
+        while lines < count:
+            time.sleep(0.002)
+            logs = [outs[1] / "out" / stage / "metrics.jsonl" for stage in ("sft", "grpo")]
+            lines = sum(log.read_text().count("\n") for log in logs if log.exists())
+        os.kill(pid, signal.SIGKILL)
+        assert wait(pid) == -signal.SIGKILL
+        stages.add((outs[1] / "out" / "grpo").exists())
+    assert stages == {False, True} and finish("both", tokenizer, outs[1], resume=True) == 0, said(outs[1])
+    for stage in ("sft", "grpo"):
+        assert result(outs[0] / "out" / stage) == result(outs[1] / "out" / stage)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
