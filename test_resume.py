@@ -1,7 +1,7 @@
 """Long runs: killed anywhere and resumed they must equal a run that never stopped, bit by bit; signals, steps that are
 not finite, full disks, ranks that stall; adapters; the memory plan. A run is a forked process with a tiny model.
 
-    python -m pytest -q test_resume.py                                 # a minute on one core
+    python -m pytest -q test_resume.py                                 # two minutes on one core
 """
 import dataclasses
 import glob
@@ -42,10 +42,10 @@ TEXTS = ["0.5", "<think>red blue green</think>\n<answer>B</answer>", "<think>It 
 
 
 class Endless:
-    """A blend of the four rows."""
+    """A blend of the four rows, each step in another order."""
 
     def __getitem__(self, position):
-        return ROWS[position % 4]
+        return ROWS[(position + position // 4) % 4]
 
 
 @pytest.fixture(scope="module")
@@ -396,6 +396,37 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tokenizer, unbr
     assert sorted(os.listdir(out / "checkpoints")) == ["step_000002", "step_000003"]
     assert finish("sft", tokenizer, out, resume=True) == 0
     assert_equal(out, "sft", unbroken)
+
+
+def test_time_memory_and_speed_are_in_every_line(unbroken):
+    both = {"update", "save"}
+    for program, phases in (("sft", {"data", *both}), ("grpo", {"rollout", "reward", "reference", *both})):
+        lines = [json.loads(line) for line in open(unbroken[0] / program / "metrics.jsonl")]
+        assert phases <= {key[:-2] for line in lines for key in line if key.endswith("_s")}
+        assert all(line["tokens_per_s"] > 0 and 0.05 < line["memory_gb"] < 50 for line in lines)
+        assert lines[-1]["eta_s"] == 0
+        for before, line in zip(lines[:-1], lines[1:]):
+            took = sum(line[key] for key in line if key.endswith("_s") and key not in ("tokens_per_s", "eta_s"))
+            if line["step"]:                                # the phases of a step make up its time
+                assert took == pytest.approx(line["seconds"] - before["seconds"], abs=0.1)
+
+
+def test_wandb_and_tensorboard_are_imported_only_when_asked_for(tokenizer, unbroken, tmp_path):
+    def without(*names):
+        sys.modules.update({name: None for name in names})  # import raises ImportError
+
+    def fake():
+        log = open(tmp_path / "sent", "w", buffering=1)
+        sys.modules["wandb"] = types.SimpleNamespace(init=lambda **_: None, log=lambda line, step: print(
+            step, line["loss"], file=log))
+
+    missing = lambda: without("wandb", "tensorboard", "torch.utils.tensorboard")
+    for name in ("wandb", "tensorboard"):
+        assert finish("sft", tokenizer, tmp_path / name, before=missing, **{name: True}) == 2
+        assert f"error: --{name}: pip install {name} first" in said(tmp_path / name)
+    assert finish("sft", tokenizer, tmp_path / "with", before=fake, wandb=True) == 0
+    expected = [f"{i + 1} {line['loss']}" for i, line in enumerate(unbroken[1]["sft"][0])]
+    assert (tmp_path / "sent").read_text().splitlines() == expected
 
 
 def test_a_rank_that_stalls_is_named(tokenizer, tmp_path):
