@@ -92,9 +92,9 @@ def advice(parts, settings, limit, world):
 def check(model, settings, device, prompt=0):
     """Print the plan; end the run if what it always holds is more than the device has, warn if the peak is."""
     parts, limit = memory(model, settings, run.world(), device.type == "cuda", prompt), available(device)
-    shown = "; ".join(f"{name}: " + ", ".join(f"{key} {value / 1e9:.2f}" for key, value in part.items() if value)
+    shown = "; ".join(f"{name}: " + ", ".join(f"{key} {value / 1e9:.3g}" for key, value in part.items() if value)
                       for name, part in parts.items() if part)
-    run.say(f"memory plan, GB a rank: {shown}; peak {peak(parts) / 1e9:.2f} of {limit / 1e9:.0f}")
+    run.say(f"memory plan, GB a rank: {shown}; peak {peak(parts) / 1e9:.3g} of {limit / 1e9:.3g}")
     if sum(parts["always"].values()) > limit:
         raise run.UserError(f"{peak(parts) / 1e9:.0f} GB a rank do not fit into {limit / 1e9:.0f}: "
                             f"{advice(parts, settings, limit, run.world())}")
