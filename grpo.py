@@ -330,8 +330,8 @@ def main():
         file = os.path.join(settings.out, "eval_cold_start.json")
         before = eval.read_json(file) if settings.resume and os.path.isfile(file) else []
         if len(before) != len(held_out):
-            start = run.shard(copy.deepcopy(model), device)
-            before = eval.answer(start, tokenizer, processor, held_out, device, asked, "cold start")
+            before = eval.answer(run.shard(copy.deepcopy(model), device), tokenizer, processor, held_out, device, asked,
+                                 "cold start")              # that copy is not kept
             eval.write_json(file, before)
     model = train(settings, model, tokenizer, processor, blend, device)
     if held_out:
