@@ -108,7 +108,7 @@ def launch(program, tokenizer, out, before=lambda: None, rank=0, world=1, **more
         os._exit(code)
 
 
-def wait(pid, seconds=60):
+def wait(pid, seconds=200):
     """-> exit code of a process, minus the signal that killed it."""
     until = time.time() + seconds
     while time.time() < until:
