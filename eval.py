@@ -249,6 +249,12 @@ def show_table(*named):
     run.say("± is half a 95 % interval over questions; error is the median distance of the predicted centres\n")
 
 
+def read_json(path):
+    """Responses of an earlier evaluation."""
+    with open(path) as file:
+        return json.load(file)["responses"]
+
+
 def write_json(path, results):
     if run.rank() == 0:
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)

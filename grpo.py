@@ -1,7 +1,8 @@
 """GRPO on both reasoning paths at once (SR-REAL, arXiv 2606.17539, stage 2), after the cold start of sft.py.
 
     torchrun --nproc_per_node 2 grpo.py                # embedded world, two CPU cores: cold start, GRPO, evaluation
-    torchrun --nproc_per_node 8 grpo.py --model out/sft --data rl.json --size base
+    python grpo.py --model Qwen/Qwen3-VL-4B-Instruct --data rl.json --lora 16 --checkpointing --rollout_prompts 16
+    torchrun --nproc_per_node 8 grpo.py --model out/sft --data rl.json --checkpointing --rollout_prompts 16 --resume
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 grpo.py ...
 
     G responses to one prompt, rewards r     A = (r - mean r) / (std r + 1e-6), the same for each token
@@ -18,18 +19,21 @@ Differences from the paper's release:
 5. The vision side is frozen and its features are computed once a step, for rollout, policy and reference. No warm-up.
 """
 import copy
+import math
 import os
-import time
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import data
 import eval
+import plan
 import run
 import sft
-from model import join_features, rollout, select_features, token_logprobs
+import watch
+from model import add_adapters, adapters_off, join_features, rollout, select_features, token_logprobs
 from run import setting
 
 
@@ -57,12 +61,19 @@ class Settings:
     kl: float = setting(0.01, "weight of the KL to the cold start; 0: no reference model (paper: 0.01)")
     filter: str = setting("spread", "groups to keep: spread: rewards differ; mean: the paper's 0.2 < mean < 0.99; none")
     min_std: float = setting(0.01, "spread: smallest standard deviation of a group's rewards; less is a tie, no signal")
+    rollout_prompts: int = setting(0, "prompts of a rank that are rolled out at once; 0: all; bounds the KV cache")
     rounds: int = setting(1, "most rollout rounds a step, to replace dropped groups (paper: 30)")
+    lora: int = setting(0, "rank of adapters on the language model's linear layers; 0: train all its weights")
     train_vision: bool = setting(False, "also train the vision side (paper: frozen)")
     micro_tokens: int = setting(6144, "most tokens, with padding, of one training pass on a rank; bounds memory")
     checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); a third slower")
     questions: int = setting(1320, "held-out questions of the evaluation, each on both paths; 0: no evaluation")
     show_every: int = setting(10, "steps between printed responses")
+    save_every: int = setting(20, "steps between checkpoints, and one at the end; 0: only when stopped by a signal")
+    keep: int = setting(2, "checkpoints to keep, the newest ones")
+    resume: bool = setting(False, "go on from the newest whole checkpoint in --out; from the start if there is none")
+    tensorboard: bool = setting(False, "also write the metrics for TensorBoard")
+    wandb: bool = setting(False, "also send the metrics to wandb")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,11 +114,13 @@ def grpo_loss(logprobs, old, reference, advantages, mask, clip_low=0.2, clip_hig
 
 def sample_groups(model, rows, tokenizer, processor, rules, settings, generator, device):
     """Roll out and score the rows. -> one dict a group: prompt, features, tokens, mask, old log-probs, rewards, .."""
+    watch.lap("rollout")
     stop, banned = rules
     samples = [data.encode(row, tokenizer, processor, train=False) for row in rows]
     prompts = data.to(data.collate(samples, tokenizer), device)
     tokens, mask, old, features = rollout(model, prompts, settings.group_size, settings.max_new_tokens, stop, banned,
                                           settings.temperature, generator)
+    watch.lap("reward")
     texts, ended = eval.decode(tokenizer, tokens, mask, set(stop.tolist()))
     groups, first, seen = [], 0, 0
     for i, (row, sample) in enumerate(zip(rows, samples)):
@@ -153,17 +166,18 @@ def collate_groups(groups, tokenizer, device):
 # one optimizer step
 
 
-def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banned, settings, device):
+def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banned, settings, device,
+                   finite=lambda loss, norm, rows: math.isfinite(loss + norm)):
     """One step on this rank's groups (maybe none: then `filler` takes part in the collectives with weight 0).
 
-    -> sums over tokens and ranks, for the log; None if no rank has a token.
+    -> means over the tokens of all ranks, for the log; None if no rank has a token or `finite` (see Keeper) says no.
     """
     tokens = run.total(sum(g["mask"].sum().item() for g in groups))                          # the denominator, first
     if tokens == 0:
         return None
     parts = micro_batches(groups, settings.micro_tokens)
     rounds = run.most(len(parts))                           # every rank runs as many passes, or the collectives hang
-    sums = {}
+    sums, rows = {}, []
     for i in range(rounds):
         real = i < len(parts)
         batch = collate_groups(parts[i] if real else [filler], tokenizer, device)
@@ -171,9 +185,11 @@ def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banne
         features = None if settings.train_vision else features
         ref = None
         if reference is not None:
-            with torch.no_grad():
+            watch.lap("reference")
+            with torch.no_grad(), adapters_off(reference):  # with adapters the reference is the model without them
                 ref, _ = token_logprobs(reference, prompts, features, ids, mask, banned, settings.temperature)
-        model.set_requires_gradient_sync(i == rounds - 1)
+            watch.lap("update")
+        run.sync_gradients(model, i == rounds - 1)
         logprobs, entropy = token_logprobs(model, prompts, features, ids, mask, banned, settings.temperature)
         loss, stats = grpo_loss(logprobs, old, ref, advantages, mask, settings.clip_low, settings.clip_high,
                                 settings.dual_clip, settings.kl)
@@ -181,13 +197,16 @@ def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banne
         if real:
             stats |= {"loss": loss.detach(), "entropy": entropy[mask.bool()].sum()}
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in stats.items()}
+            rows += [(g["row"].get("id", g["row"]["source"]), stats["loss"].item()) for g in parts[i]]
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip).full_tensor().item()
-    if norm == norm and norm < float("inf"):                # a non-finite gradient skips the step
+    names = ["loss", "ratio", "clipped", "mismatch", "entropy"] + ["kl"] * (reference is not None)
+    means = {name: run.total(sums.get(name, 0.0)) / tokens for name in names}
+    sound = finite(means["loss"], norm, rows)               # a non-finite loss or gradient skips the step
+    if sound:
         optimizer.step()
     optimizer.zero_grad()
-    names = ["loss", "ratio", "clipped", "mismatch", "entropy"] + ["kl"] * (reference is not None)
-    return {**{name: run.total(sums.get(name, 0.0)) / tokens for name in names}, "grad_norm": norm, "tokens": tokens}
+    return {**means, "grad_norm": norm, "tokens": tokens} if sound else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,12 +215,18 @@ def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banne
 
 def train(settings, model, tokenizer, processor, rows, device):
     """The whole RL stage on a blend of rows. -> the trained (sharded) model"""
-    local, log = settings.prompts // run.world(), run.Log(settings.out)
-    reference = run.shard(copy.deepcopy(model).requires_grad_(False), device).eval() if settings.kl > 0 else None
-    if not settings.train_vision:
+    local, reference = settings.prompts // run.world(), None
+    if settings.kl > 0 and not settings.lora:
+        reference = run.shard(run.freeze(copy.deepcopy(model), device), device).eval()
+    if settings.lora:
+        add_adapters(run.freeze(model, device), settings.lora, settings.seed)
+    elif not settings.train_vision:
         for part in (model.model.visual, model.point_embed, model.region_proj):
             part.requires_grad_(False)
+    prompt = max(len(data.encode(rows[i], tokenizer, processor, train=False)["prompt"]) for i in range(8))
+    plan.check(model, settings, device, prompt)
     model = run.shard(model, device, settings.checkpointing)
+    reference = model if settings.kl > 0 and settings.lora else reference
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.999), weight_decay=settings.weight_decay)
     run.say(f"GRPO: {settings.steps} steps of {settings.prompts} prompts x {settings.group_size} responses ({local} "
@@ -209,32 +234,42 @@ def train(settings, model, tokenizer, processor, rows, device):
             f"{sum(p.numel() for p in trained):,} trained parameters")
     rules = eval.token_rules(model, tokenizer, device)
     generator = torch.Generator(device).manual_seed(settings.seed * 1000 + run.rank())       # no two ranks sample alike
-    bar, position = tqdm(range(settings.steps), desc="GRPO", disable=run.rank() > 0, mininterval=2), 0
+    keeper = checkpoint.Keeper(settings, model, tokenizer, processor, generator)
+    first, position = keeper.begin("GRPO", settings.steps, optimizer)                        # 0, 0 unless resumed
+    bar = tqdm(range(first, settings.steps), desc="GRPO", initial=first, total=settings.steps, disable=run.rank() > 0,
+               mininterval=2)
+    at_once = settings.rollout_prompts or local
     for step in bar:
-        start, kept, seen = time.time(), [], []
+        kept, seen = [], []
         with run.gathered(model):
             for round_ in range(settings.rounds):           # the same number on every rank: decided on sums
                 mine = [rows[position + run.rank() * local + i] for i in range(local)]
                 position += settings.prompts
-                groups = sample_groups(model, mine, tokenizer, processor, rules, settings, generator, device)
+                groups = []
+                for i in range(0, local, at_once):
+                    groups += sample_groups(model, mine[i:i + at_once], tokenizer, processor, rules, settings,
+                                            generator, device)
                 seen += groups
                 kept = (kept + [g for g in groups if keep_group(g, settings)])[:local]
                 if run.total(len(kept)) == settings.prompts:
                     break
-        rolled, model_steps = time.time(), []
+        watch.lap("update")
+        model_steps = []
         model.train()
         for k in range(settings.minibatches):
             stats = optimizer_step(model, reference, optimizer, kept[k::settings.minibatches], seen[0], tokenizer,
-                                   rules[1], settings, device)
+                                   rules[1], settings, device, keeper.finite)
             model_steps += [stats] if stats else []
-        report(step, seen, kept, model_steps, log, bar, settings, rolled - start, time.time() - rolled)
+        report(step, seen, kept, model_steps, keeper.log, bar, settings)
+        keeper.after(step + 1, position)
+    keeper.close()
     run.save_model(model, tokenizer, processor, settings.out)
     return model
 
 
-def report(step, seen, kept, model_steps, log, bar, settings, rollout_s, update_s):
+def report(step, seen, kept, model_steps, log, bar, settings):
     """Rank-averaged metrics of a step: one JSON line, the bar, and now and then one whole response."""
-    line = {"step": step, "rollout_s": round(rollout_s, 2), "update_s": round(update_s, 2)}
+    line = {}
     for path in ("lor", "dtr"):
         parts = [p for g in seen if data.path_of(g["row"]) == path for p in g["parts"]]
         for key in eval.METRICS:
@@ -250,7 +285,7 @@ def report(step, seen, kept, model_steps, log, bar, settings, rollout_s, update_
         line[key] = sum(s[key] for s in model_steps) / len(model_steps)
     if model_steps:
         line["first_ratio"], line["first_mismatch"] = model_steps[0]["ratio"], model_steps[0]["mismatch"]
-    log.write(**line)
+    log.write(step, line["length"] * responses, **line)
     shown = [key for key in ("lor_reward", "dtr_reward", "dtr_detection", "kl") if key in line]
     bar.set_postfix({key: f"{line[key]:.3f}" for key in shown}, refresh=False)
     if run.rank() == 0 and settings.show_every and step % settings.show_every == 0:
@@ -265,7 +300,7 @@ def cold_start(settings, device):
     run.say(f"no cold start in {settings.model}: making one first (sft.py)")
     if settings.size == "tiny" and device.type == "cpu":
         run.say("the whole run takes about 26 minutes on two cores: cold start 15, GRPO 9, evaluation 2")
-    made = sft.Settings(out=settings.model, size=settings.size, seed=settings.seed)
+    made = sft.Settings(out=settings.model, size=settings.size, seed=settings.seed, resume=settings.resume)
     model, tokenizer, processor = run.new_model(made.size, made.seed)
     sft.train(made, model, tokenizer, processor, sft.sources_of(made, run.image_side(processor)), device)
 
@@ -284,6 +319,8 @@ def main():
         raise run.UserError(f"--prompts {settings.prompts}: not divisible by {run.world()} processes; use a multiple")
     if settings.steps < 1 or settings.minibatches < 1 or settings.group_size < 2:
         raise run.UserError("--steps and --minibatches need at least 1, --group_size at least 2")
+    if settings.lora and settings.train_vision:
+        raise run.UserError("--lora trains adapters of the language model only; leave --train_vision out")
     if not os.path.isfile(os.path.join(settings.model, "config.json")) and settings.model == "out/sft":
         cold_start(settings, device)
     model, tokenizer, processor = run.load_model(settings.model)
@@ -291,9 +328,12 @@ def main():
     held_out = eval.held_out(settings.questions, run.image_side(processor)) if settings.questions else []
     asked = eval.Settings(max_new_tokens=settings.max_new_tokens)
     if held_out:
-        start = run.shard(copy.deepcopy(model), device)
-        before = eval.answer(start, tokenizer, processor, held_out, device, asked, "cold start")
-        eval.write_json(os.path.join(settings.out, "eval_cold_start.json"), before)
+        file = os.path.join(settings.out, "eval_cold_start.json")
+        before = eval.read_json(file) if settings.resume and os.path.isfile(file) else []
+        if len(before) != len(held_out):
+            before = eval.answer(run.shard(copy.deepcopy(model), device), tokenizer, processor, held_out, device, asked,
+                                 "cold start")              # that copy is not kept
+            eval.write_json(file, before)
     model = train(settings, model, tokenizer, processor, blend, device)
     if held_out:
         after = eval.answer(model, tokenizer, processor, held_out, device, asked, "after GRPO")

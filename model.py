@@ -10,6 +10,7 @@ Differences from the paper's release (method: SR-REAL, arXiv 2606.17539):
 
 Dimensions: B prompts, G responses per prompt, T response tokens, L prompt tokens, R regions, P patches, D width.
 """
+import contextlib
 import math
 
 import torch
@@ -167,6 +168,53 @@ def join_features(parts):
     """The features of several prompts as those of one batch."""
     return {"merged": sum((p["merged"] for p in parts), []), "regions": torch.cat([p["regions"] for p in parts]),
             "deepstack": [sum(levels, []) for levels in zip(*(p["deepstack"] for p in parts))]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA: y = W x + scale B (A x), W frozen. With the adapters off the model is the one that training started from
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer that became a low-rank adapter on itself; the names of its own weights do not change."""
+    scale, on = 2.0, True                                   # scale: alpha / rank
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + self.scale * (x @ self.lora_a.T @ self.lora_b.T) if self.on else y
+
+
+def add_adapters(model, rank, seed):
+    """Adapters on the linear layers of the language model; nothing else is trained. B starts at 0: no change yet."""
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)         # the same on every rank
+    for layer in model.model.language_model.layers.modules():
+        if type(layer) is nn.Linear:
+            bound = layer.in_features ** -0.5
+            a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+            layer.__class__, layer.lora_a = LoRALinear, nn.Parameter(a.to(layer.weight.device))  # float32, as the base
+            layer.lora_b = nn.Parameter(a.new_zeros(layer.out_features, rank))                   # may be bf16
+    return model
+
+
+@contextlib.contextmanager
+def adapters_off(model):
+    """The model as it was before its adapters: the reference for the KL. Nothing happens to a model without any."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
+    for layer in layers:
+        layer.on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.on = True
+
+
+def merge(weights):
+    """A state dict without its adapters: W + scale B A in their place."""
+    for name in [name for name in weights if name.endswith(".lora_a")]:
+        a, b, layer = weights.pop(name), weights.pop(name[:-1] + "b"), name.removesuffix("lora_a") + "weight"
+        weights[layer] = weights[layer].to(a.dtype) + LoRALinear.scale * b @ a
+    return weights
 
 
 # ---------------------------------------------------------------------------------------------------------------------

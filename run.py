@@ -6,12 +6,11 @@ ranks, also of one; gloo on CPU, NCCL on CUDA; float32 weights, bf16 compute on 
 import argparse
 import contextlib
 import dataclasses
-import json
+import datetime
 import os
 import random
 import shutil
 import sys
-import time
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qw
 
 import data
 import questions
-from model import RegionVLM
+from model import RegionVLM, merge
 
 # ---------------------------------------------------------------------------------------------------------------------
 # settings: one dataclass a script; a field is setting(default, reason)
@@ -56,8 +55,11 @@ def main(function):
     try:
         function()
     except (UserError, data.BadRow) as error:              # every rank prints: the fault may be one rank's alone
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if str(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:                               # outside of the training, which ends on its own terms
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -68,9 +70,23 @@ def say(*words):
         print(*words, flush=True)
 
 
+@contextlib.contextmanager
+def together(what):
+    """Around work with files or packages that every rank does for itself: what fails on one ends the run on all."""
+    problem = ""
+    try:
+        yield
+    except (OSError, SafetensorError, ImportError) as error:
+        problem = f"{what} ({getattr(error, 'strerror', None) or str(error).splitlines()[0]})"
+    problems = [problem for problem in gather([problem]) if problem]
+    if problems:
+        raise UserError(problems[0] if rank() == 0 else "")  # one rank tells it
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # processes
 
+TIMEOUT = 1800                                              # seconds that a rank waits for the others in a collective
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -86,10 +102,9 @@ def setup(seed):
         raise UserError(f"--seed {seed}: needs 0 to 79")
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
-        if "RANK" in os.environ:                            # torchrun
-            dist.init_process_group("nccl" if cuda else "gloo")
-        else:
-            dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # or torchrun
+        patience = datetime.timedelta(seconds=TIMEOUT)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, **alone)
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
@@ -137,6 +152,23 @@ def shard(model, device, checkpointing=False):
         if sum(p.numel() for p in layer.parameters()) > 5e6:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model.to(device), mesh=mesh, mp_policy=policy)
+
+
+def freeze(model, device):
+    """Train nothing of the model; bf16 on CUDA, where bf16 computes with it anyway (buffers stay as they are)."""
+    for parameter in model.requires_grad_(False).parameters():
+        parameter.data = parameter.data.bfloat16() if device.type == "cuda" else parameter.data
+    return model
+
+
+def sync_gradients(model, last):
+    """Before a micro-batch: reduce its gradients over the ranks? Small models do so at the last one only; unreduced
+    gradients are whole, 4 bytes a parameter on each rank, which large models can't afford."""
+    model.set_requires_gradient_sync(last or is_large(model))
+
+
+def is_large(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) > 3e8
 
 
 @contextlib.contextmanager
@@ -241,35 +273,25 @@ def load_model(name):
     return model, tokenizer, processor
 
 
+def whole_weights(model):
+    """The weights of a sharded model, whole, on the CPU of rank 0; adapters are merged into their layers."""
+    return merge(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
+
+
+def write_model(model, weights, tokenizer, processor, folder):
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 def save_model(model, tokenizer, processor, out):
     """Whole weights in `out`, readable by from_pretrained. Written beside and renamed: nobody sees half a model."""
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank() == 0:
-        partial = f"{out}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        os.makedirs(out, exist_ok=True)
-        for name in os.listdir(partial):                    # keeps metrics.jsonl and the like that lie in `out`
-            os.replace(os.path.join(partial, name), os.path.join(out, name))
-        os.rmdir(partial)
-    dist.barrier()
-
-
-class Log:
-    """DIR/metrics.jsonl, one JSON object a step, written by rank 0."""
-
-    def __init__(self, out):
-        self.path, self.start = os.path.join(out, "metrics.jsonl"), time.time()
+    weights, partial = whole_weights(model), f"{out}.partial"
+    with together(f"--out {out}: cannot write the model"):
         if rank() == 0:
-            try:
-                os.makedirs(out, exist_ok=True)
-                open(self.path, "w").close()
-            except OSError as error:
-                raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
-
-    def write(self, **values):
-        if rank() == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({**values, "seconds": round(time.time() - self.start, 2)}) + "\n")
+            shutil.rmtree(partial, ignore_errors=True)
+            write_model(model, weights, tokenizer, processor, partial)
+            os.makedirs(out, exist_ok=True)
+            for name in sorted(os.listdir(partial), key="config.json".__eq__):               # that one last: it says
+                os.replace(os.path.join(partial, name), os.path.join(out, name))             # that all is there
+            os.rmdir(partial)

@@ -19,8 +19,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import checkpoint
 import data
+import plan
 import run
+import watch
 from run import setting
 
 
@@ -46,6 +49,11 @@ class Settings:
     clip: float = setting(1.0, "largest gradient norm (paper: 1.0)")
     checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); a third slower")
     workers: int = setting(0, "loader processes a rank")
+    save_every: int = setting(100, "steps between checkpoints, and one at the end; 0: only when stopped by a signal")
+    keep: int = setting(2, "checkpoints to keep, the newest ones")
+    resume: bool = setting(False, "go on from the newest whole checkpoint in --out; from the start if there is none")
+    tensorboard: bool = setting(False, "also write the metrics for TensorBoard")
+    wandb: bool = setting(False, "also send the metrics to wandb")
 
 
 class Encoded(torch.utils.data.Dataset):
@@ -55,7 +63,8 @@ class Encoded(torch.utils.data.Dataset):
         self.blend, self.tokenizer, self.processor = blend, tokenizer, processor
 
     def __getitem__(self, position):
-        return data.encode(self.blend[position], self.tokenizer, self.processor, train=True)
+        row = self.blend[position]
+        return {"id": row.get("id", row["source"]), **data.encode(row, self.tokenizer, self.processor, train=True)}
 
 
 def micro_batches(samples, max_tokens):
@@ -82,37 +91,44 @@ def learning_rate(settings, step, steps):
     return settings.lr * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def fit(settings, model, tokenizer, processor, sources, steps, device, log, title):
+def fit(settings, model, tokenizer, processor, sources, steps, device, keeper, title):
     """Train a sharded model on a blend of sources for some steps; one cosine of the learning rate."""
     blend, local = data.Blend(sources, settings.seed), settings.batch // run.world()
     run.say(f"{title}: {steps} steps of {settings.batch} rows ({local} a rank) from {len(blend):,} rows: " +
             ", ".join(f"{name} {count:,}" for (name, _, _), count in zip(sources, blend.counts)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, settings.beta2),
                                   weight_decay=settings.weight_decay)
-    mine = [step * settings.batch + run.rank() * local + i for step in range(steps) for i in range(local)]
+    first, position = keeper.begin(title, steps, optimizer)                                  # 0, 0 unless resumed
+    starts = range(position + run.rank() * local, position + (steps - first) * settings.batch, settings.batch)
+    mine = [start + i for start in starts for i in range(local)]
     loader = DataLoader(Encoded(blend, tokenizer, processor), batch_size=local, sampler=mine, collate_fn=list,
                         num_workers=settings.workers)
-    bar = tqdm(loader, desc=title, disable=run.rank() > 0, mininterval=2)
+    bar = tqdm(loader, desc=title, initial=first, total=steps, disable=run.rank() > 0, mininterval=2)
     model.train()
-    for step, samples in enumerate(bar):
+    for step, samples in enumerate(bar, first):
+        watch.lap("update")
         parts = micro_batches(samples, settings.micro_tokens)
         batches = [data.to(data.collate(part, tokenizer), device) for part in parts]
         tokens = run.total(sum(batch["loss_mask"].sum().item() for batch in batches))        # of the global batch
         rounds = run.most(len(batches))                     # every rank runs as many passes: collectives stay in step
-        loss_sum = 0.0
+        loss_sum, rows = 0.0, []
         for i in range(rounds):
-            model.set_requires_gradient_sync(i == rounds - 1)
+            run.sync_gradients(model, i == rounds - 1)
             loss = target_loss(model, batches[min(i, len(batches) - 1)]) * (i < len(batches))
             (loss * run.world() / tokens).backward()        # FSDP averages over the ranks, hence their number
             loss_sum += loss.item()
+            rows += [(sample["id"], loss.item()) for sample in (parts[i] if i < len(parts) else [])]
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip).full_tensor().item()
+        loss = run.total(loss_sum) / tokens
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, step, steps)
-        optimizer.step()
+        if keeper.finite(loss, norm, rows):
+            optimizer.step()
         optimizer.zero_grad()
-        loss = run.total(loss_sum) / tokens
-        log.write(phase=title, step=step, loss=loss, grad_norm=norm, lr=group["lr"], tokens=int(tokens))
+        keeper.log.write(step, tokens, phase=title, loss=loss, grad_norm=norm, lr=group["lr"], tokens=int(tokens))
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        keeper.after(step + 1, position + (step + 1 - first) * settings.batch)
+        watch.lap("data")
 
 
 def train(settings, model, tokenizer, processor, sources, device):
@@ -122,14 +138,16 @@ def train(settings, model, tokenizer, processor, sources, device):
         raise run.UserError("--steps: needs at least 1")
     if settings.batch % run.world():
         raise run.UserError(f"--batch {settings.batch}: not divisible by {run.world()} processes; use a multiple")
-    log = run.Log(settings.out)
+    plan.check(model, settings, device)
     model = run.shard(model, device, settings.checkpointing)
+    keeper = checkpoint.Keeper(settings, model, tokenizer, processor)
     if not settings.model and settings.pretrain:
         stages = data.perception_stages(settings.world_scenes, settings.seed * 10**6, run.image_side(processor))
-        for share, perception in stages:
-            steps = max(1, round(share * settings.pretrain))
-            fit(settings, model, tokenizer, processor, perception, steps, device, log, "pretraining")
-    fit(settings, model, tokenizer, processor, sources, settings.steps, device, log, "cold start")
+        for i, (share, perception) in enumerate(stages, 1):
+            steps, title = max(1, round(share * settings.pretrain)), f"pretraining {i} of {len(stages)}"
+            fit(settings, model, tokenizer, processor, perception, steps, device, keeper, title)
+    fit(settings, model, tokenizer, processor, sources, settings.steps, device, keeper, "cold start")
+    keeper.close()
     run.save_model(model, tokenizer, processor, settings.out)
     return model
 

@@ -301,7 +301,8 @@ def test_derivations_give_what_is_found_and_show_next_to_nothing(world):
             if task in REGION:
                 check_derivation(task, question, given, think)
             else:
-                assert sorted(given.removeprefix("I see: ")[:-1].split(", ")) == sorted(map(questions.name, scene.objects))
+                listed = given.removeprefix("I see: ")[:-1].split(", ")
+                assert sorted(listed) == sorted(map(questions.name, scene.objects))
                 truth = read_answer(scene, {**row, "task": task}, question)
                 assert think.rstrip(".").endswith(str(options_of(question).get(truth, truth)))
             asked[task] += 1
