@@ -2,6 +2,7 @@
 
     python eval.py --model out/grpo                                    # held-out scenes of the embedded world
     torchrun --nproc_per_node 8 eval.py --model out/grpo --scenes scenes.jsonl --json out.json --show out/pictures
+    python eval.py --model out/grpo --bench blink --data BLINK         # published benchmarks: see benchmarks.py
 
 Every question is asked on both paths. Per path and task: accuracy, format, total and detection reward (means) and the
 centre error (median over the asked-for objects, metres; an object without a box of its own counts as infinitely far).
@@ -40,6 +41,9 @@ class Settings:
     compare: list = setting([], "JSON files of earlier evaluations: only print them side by side, and what changed")
     json: str = setting("", "file for the table and every response with its reward parts")
     show: str = setting("", "folder for one picture a question: regions, predicted and true centres, response")
+    bench: str = setting("", "answer a published benchmark, its files in --data: spar, embspatial, sat, blink, "
+                             "cvbench, realworldqa, erqa, spatialrgpt or (only --score) vsi")
+    score: str = setting("", "with --bench: only score this JSON-lines file of {id, response}; nothing is run")
     seed: int = setting(0, "seed of the sampling at temperatures above 0")
 
 
@@ -276,6 +280,9 @@ def main():
         raise run.UserError(f"--path {settings.path}: needs lor, dtr or both")
     if settings.compare:
         return compare(settings.compare)
+    if settings.bench or settings.score:
+        import benchmarks                                   # here, as it imports this file
+        return benchmarks.main(settings)
     device = run.setup(settings.seed)
     model, tokenizer, processor = run.load_model(settings.model)
     rows = [row for _, part, _ in data.user_sources(settings) for row in part]
