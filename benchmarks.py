@@ -384,7 +384,7 @@ def read_responses(settings):
     if missing:
         run.say(f"{len(missing)} of {len(missing) + len(found)} questions have no response: they count as wrong")
     records = [*found.values(), *(record(row, "", data.path_of(row)) for row in missing)]
-    return sorted(records, key=lambda r: (r["index"], r["path"]))
+    return sorted(records, key=lambda r: (r["index"], r["path"] != "lor"))
 
 
 def reordered(row, line):
