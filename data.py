@@ -1,8 +1,10 @@
-"""Blended data: instances (JSON files or the embedded world) -> model inputs.
+"""Blended data: instances (files or the embedded world) -> model inputs.
 
-An instance is a dict in the format of the authors' published sets (see README, "Your own data"): picture, optional
-depth map and intrinsics, a question, a target, coloured marks, region boxes, and "3d_pos" for the DTR path. Marks are
-drawn on the picture for both paths; only DTR questions carry `<mask>` placeholders, one for each region.
+    python data.py check FILE...                                       # what is in the files, and what is wrong there
+
+An instance is a dict in the format of the authors' published sets (instances.py): pictures, optional depth maps and
+intrinsics, a question, a target, coloured marks, region boxes, and "3d_pos" for the DTR path. Marks are drawn on the
+pictures for both paths; only DTR questions carry `<mask>` placeholders, one for each region.
 
 Differences from the paper's release (SR-REAL, arXiv 2606.17539):
 1. A bad row is an error that names file, row and field; `--skip_bad_rows` counts and lists them. (There: resampled.)
@@ -10,26 +12,27 @@ Differences from the paper's release (SR-REAL, arXiv 2606.17539):
    is no 3D position embedding at all.
 3. The prompt's own example of the DTR format earns the full format reward.
 """
-import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil
 
 import questions
+from files import Rows
+from instances import (IMAGE, MARK_COLORS, REGION, BadRow, answer_of, best_path, centers_of, check_row, draw_marks,
+                       images_of, intrinsics_of, on_paths, open_depth, open_image, path_of, question_of,
+                       reference_frame, region_mask, regions_of, text_of, turns)
 from model import POINT_DIM, encode_points, point_map, region_weights, to_patches
-from rewards import extract_answer, total_reward
+from rewards import extract_answer
 from scenes import load_scenes, make_scene
 
-DEFAULT_FOV = 60                                            # degrees, horizontal: for pictures without intrinsics
-MARK_COLORS = {"red": (255, 0, 0), "blue": (0, 0, 255), "green": (0, 255, 0), "yellow": (255, 255, 0)}
-
-# Released checkpoints of the authors would need the authors' wording: these two constants are the only place to change.
+# Released checkpoints of the authors would need the authors' wording: change these constants, nothing else.
 FIRST = "You are a helpful assistant. The user asks a question, and then you solve it. "
 LOR_PROMPT = FIRST + ("First think about it, then answer: the reasoning inside <think> </think>, the answer inside "
                       "<answer> </answer>.\n{Q}")
@@ -38,8 +41,11 @@ DTR_PROMPT = FIRST + ("First detect the 3D centers of the relevant objects in me
                       '<3d_box center="0.3,-0.8,3.3">chair (red bbox)</3d_box></detect>\n'
                       "<think>The depth is z:3.3.</think>\n<answer>3.3</answer>\n{Q}")
 PROMPTS = {"lor": LOR_PROMPT, "dtr": DTR_PROMPT}
+# DTR with several images: the centres are in the camera frame of one of them, K.
+DTR_IMAGES_PROMPT = (DTR_PROMPT.replace("in meters (", "in the camera frame of image {K} (0 is the first), in meters (")
+                     .replace("<detect>Find 1", "<detect>After aligning to the reference frame {K}, find 1"))
 
-IMAGE_START, IMAGE_PAD, IMAGE_END, REGION = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<mask>"
+IMAGE_START, IMAGE_PAD, IMAGE_END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 CHAT = "<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_START, IMAGE_END, IMAGE_PAD, "<|video_pad|>", REGION]
 
@@ -68,188 +74,59 @@ def tiny_image_processor(size, patch, merge):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# reading instances
-
-
-class BadRow(ValueError):
-    """A user's row that cannot be used; the message names file, row and field."""
-
-
-def load_instances(path):
-    """A JSON list (or JSON lines) of instances -> dicts that know their "source" and the "folder" of their files."""
-    if not os.path.isfile(path):
-        raise BadRow(f"{path}: no such file (give a JSON list of instances)")
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
-    try:
-        is_list = text.lstrip().startswith("[")
-        rows = json.loads(text) if is_list else [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise BadRow(f"{path}: line {error.lineno}: not JSON ({error.msg})") from None
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise BadRow(f"{path}: needs a list of rows, each a JSON object")
-    folder = os.path.dirname(os.path.abspath(path))
-    return [{**row, "source": f"{path}: row {i}", "folder": folder} for i, row in enumerate(rows)]
-
-
-def finite(values, count):
-    """Is this a list of so many finite numbers?"""
-    return isinstance(values, (list, tuple)) and len(values) == count and all(
-        isinstance(v, (int, float)) and abs(v) < 1e9 for v in values)                        # false for NaN too
-
-
-def boxes_of(row, field, count=4):
-    """A field that holds a list of boxes (or, with count 2, points)."""
-    boxes = row.get(field, [])
-    if not isinstance(boxes, list) or not all(finite(box, count) for box in boxes):
-        raise BadRow(f"{row['source']}: field '{field}': needs a list of lists of {count} finite numbers, not {boxes}")
-    return boxes
-
-
-def path_of(row):
-    """The rule of the published sets: "3d_pos" present -> DTR (even when empty), absent -> LOR."""
-    return "dtr" if "3d_pos" in row else "lor"
-
-
-def question_of(row):
-    return turns(row)[0].replace("<image>\n", "").replace("<image>", "").strip()
-
-
-def turns(row):
-    talk = row.get("conversations")
-    if not isinstance(talk, list) or len(talk) != 2 or not all(
-            isinstance(turn, dict) and str(turn.get("value", "")).strip() for turn in talk):
-        raise BadRow(f"{row['source']}: field 'conversations': needs one question and one non-empty answer")
-    return talk[0]["value"], talk[1]["value"]
-
-
-def answer_of(row):
-    """The ground-truth answer: "answer", else the <answer> of the target, else the whole target."""
-    target = turns(row)[1]
-    answer = row["answer"] if "answer" in row else extract_answer(target) or target
-    if not str(answer).strip():
-        raise BadRow(f"{row['source']}: field 'answer': empty")
-    return str(answer).strip()
-
-
-def centers_of(row):
-    """Ground-truth centres by mark, {"red bbox": (x, y, z)}; None for LOR, {} for DTR without detection reward."""
-    if path_of(row) == "lor":
-        return None
-    if not isinstance(row["3d_pos"], dict):
-        raise BadRow(f"{row['source']}: field '3d_pos': needs {{mark: {{'center_cam': [x, y, z]}}}}")
-    centers = {}
-    for mark, truth in row["3d_pos"].items():
-        point = truth.get("center_cam") if isinstance(truth, dict) else None
-        if not finite(point, 3):
-            raise BadRow(f"{row['source']}: field '3d_pos.{mark}.center_cam': needs three finite numbers, metres")
-        centers[mark.replace("_", " ")] = tuple(map(float, point))
-    return centers
-
-
-def open_image(row, field="image"):
-    """-> RGB picture of a path (relative to the row's file) or an array."""
-    value = row.get(field)
-    if isinstance(value, np.ndarray):
-        return Image.fromarray(value)
-    if not isinstance(value, str):
-        raise BadRow(f"{row['source']}: field '{field}': needs a path (several images are not supported here)")
-    path = os.path.join(row.get("folder", "."), value)
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise BadRow(f"{row['source']}: field '{field}': no such file {path}") from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise BadRow(f"{row['source']}: field '{field}': unreadable image {path} ({error})") from None
-    return image
-
-
-def open_depth(row, width, height):
-    """-> depth (H, W) float32 metres, NaN = no measurement, or None where the row has none."""
-    depth = row.get("depth")
-    if depth is None:
-        return None
-    if isinstance(depth, str):
-        image = open_image(row, "depth")
-        if image.mode in ("L", "P", "RGB") and "depth_scale" not in row:
-            raise BadRow(f"{row['source']}: field 'depth': 8-bit pictures hold relative depth; add 'depth_scale' "
-                         "(metres per unit) or leave the depth out")
-        if not finite([row.get("depth_scale", 0.001)], 1):
-            raise BadRow(f"{row['source']}: field 'depth_scale': needs a number, metres per unit")
-        depth = np.asarray(image, np.float32) * row.get("depth_scale", 0.001)
-        depth = np.where(depth > 0, depth, np.nan).astype(np.float32)
-    if not isinstance(depth, np.ndarray):
-        raise BadRow(f"{row['source']}: field 'depth': needs the path of a 16-bit PNG")
-    if depth.shape != (height, width):
-        size = "x".join(map(str, depth.shape[::-1]))
-        raise BadRow(f"{row['source']}: field 'depth': {size} pixels, the image has {width}x{height}")
-    return depth
-
-
-def intrinsics_of(row, width, height):
-    given = row.get("intrinsics")
-    if given is None:
-        focal = width / 2 / math.tan(math.radians(DEFAULT_FOV / 2))
-        return focal, focal, width / 2, height / 2
-    if not finite(given, 4) or min(given[:2]) <= 0:
-        raise BadRow(f"{row['source']}: field 'intrinsics': needs [fx, fy, cx, cy], pixels, finite, focal lengths > 0")
-    return tuple(map(float, given))
-
-
-def region_masks(row, width, height):
-    """"bbox" (absolute pixels, one for each <mask>) -> masks (R, H, W), 1 = inside."""
-    boxes = boxes_of(row, "bbox") if path_of(row) == "dtr" or REGION in question_of(row) else []
-    count = question_of(row).count(REGION)
-    if count != len(boxes):
-        raise BadRow(f"{row['source']}: field 'bbox': {len(boxes)} boxes for {count} <mask> in the question")
-    masks = torch.zeros(len(boxes), height, width)
-    for mask, box in zip(masks, boxes):
-        if not (-1 <= box[0] < box[2] <= width + 1 and -1 <= box[1] < box[3] <= height + 1):
-            raise BadRow(f"{row['source']}: field 'bbox': {box} is empty or outside the image ({width}x{height}); "
-                         "needs x1,y1,x2,y2")
-        x1, y1, x2, y2 = max(0, math.floor(box[0])), max(0, math.floor(box[1])), math.ceil(box[2]), math.ceil(box[3])
-        mask[min(y1, height - 1):max(y2, y1 + 1), min(x1, width - 1):max(x2, x1 + 1)] = 1
-    return masks
-
-
-def draw_marks(image, row):
-    """Coloured boxes (5 px a 1000 px of width, 2 at least) and points (radius 20 px a 1000 px) on a copy."""
-    image, (w, h) = image.convert("RGB"), image.size
-    pen = ImageDraw.Draw(image)
-    for color, rgb in MARK_COLORS.items():
-        for x1, y1, x2, y2 in boxes_of(row, f"{color}_bbox"):
-            right, bottom = x2 * w / 1000 - 1, y2 * h / 1000 - 1
-            corners = [min(x1 * w / 1000, right), min(y1 * h / 1000, bottom), right, bottom]
-            pen.rectangle(corners, outline=rgb, width=max(2, round(w / 200)))
-        for x, y in boxes_of(row, f"{color}_point", 2):
-            r = max(1, w / 50)
-            pen.ellipse([x * w / 1000 - r, y * h / 1000 - r, x * w / 1000 + r, y * h / 1000 + r], fill=rgb)
-    return image
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # instance -> tensors -> batch
 
 
 def encode(row, tokenizer, processor, train):
-    """One instance -> dict of tensors. train: with its target, and without a template where that has no <answer>."""
-    image = open_image(row)
-    width, height = image.size
-    question, target = question_of(row), turns(row)[1]
-    masks, depth = region_masks(row, width, height), open_depth(row, width, height)
-    vision = processor(images=[draw_marks(image, row)], return_tensors="pt")
-    grid, merge = tuple(vision["image_grid_thw"][0, 1:].tolist()), processor.merge_size
-    points = torch.full((grid[0] * grid[1], POINT_DIM), math.nan)
-    if depth is not None:
-        camera = intrinsics_of(row, width, height)
-        points = patch_points(Depth((row["source"], depth.shape, camera), depth), camera, grid, merge)
-    text = question if train and extract_answer(target) is None else PROMPTS[path_of(row)].replace("{Q}", question)
-    pads = IMAGE_START + IMAGE_PAD * (len(points) // merge**2) + IMAGE_END
-    return {"prompt": tokenizer(CHAT.format(images=pads, text=text))["input_ids"],
+    """One instance -> dict of tensors. train: with its target, and without a template where that has no <answer>.
+
+    points (P, POINT_DIM) and regions (R, P) are over the patches of all images of the row.
+    """
+    images, target = [open_image(row, i) for i in range(len(images_of(row)))], turns(row)[1]
+    vision = processor(images=[draw_marks(image, row, i) for i, image in enumerate(images)], return_tensors="pt")
+    grids, merge = [tuple(grid) for grid in vision["image_grid_thw"][:, 1:].tolist()], processor.merge_size
+    sizes, patches = [image.size for image in images], [rows * columns for rows, columns in grids]
+    points = torch.cat([image_points(row, i, sizes[i], grid, merge) for i, grid in enumerate(grids)])
+    regions = regions_of(row, sizes)
+    weights = torch.zeros(len(regions), len(points))
+    for weight, (i, box) in zip(weights, regions):          # 0 over the patches of the other images
+        mask = region_mask(box, *sizes[i])
+        weight.split(patches)[i].copy_(region_weights(mask[None], grids[i], merge)[0])
+    template = not train or extract_answer(target) is not None
+    pads = [IMAGE_START + IMAGE_PAD * (count // merge**2) + IMAGE_END for count in patches]
+    return {"prompt": tokenizer(prompt_text(row, template, pads))["input_ids"],
             "target": tokenizer(target + tokenizer.eos_token)["input_ids"] if train else [],
             "pixel_values": vision["pixel_values"], "image_grid_thw": vision["image_grid_thw"], "points": points,
-            "regions": region_weights(masks, grid, merge) if len(masks) else torch.zeros(0, len(points))}
+            "regions": weights}
+
+
+def prompt_text(row, template, pads):
+    """The chat up to the response. An image (its run of pads) stands where the text says `<image>`, else in front."""
+    text = text_of(row)
+    if IMAGE not in text:
+        text = IMAGE * len(pads) + text
+    front = re.match(rf"(\s*{IMAGE})*", text)[0]            # in front of the template, too
+    text, count = text.removeprefix(front).strip(), front.count(IMAGE)
+    if count + text.count(IMAGE) != len(pads):
+        raise BadRow(f"{row['source']}: field 'conversations': {len(pads)} images need as many <image>, or none")
+    if template:
+        several = path_of(row) == "dtr" and len(pads) > 1
+        prompt = DTR_IMAGES_PROMPT.replace("{K}", str(reference_frame(row))) if several else PROMPTS[path_of(row)]
+        text = prompt.replace("{Q}", text)
+    for pad in pads[count:]:
+        text = text.replace(IMAGE, pad, 1)
+    return CHAT.format(images="".join(pads[:count]), text=text)
+
+
+def image_points(row, index, size, grid, merge):
+    """Encoded 3D points (P, POINT_DIM) of one image; NaN without depth."""
+    depth = open_depth(row, *size, index)
+    if depth is None:
+        return torch.full((grid[0] * grid[1], POINT_DIM), math.nan)
+    camera = intrinsics_of(row, *size, index)
+    key = Depth((row["source"], index, depth.shape, camera), depth)
+    cached = isinstance(row["depth"], np.ndarray)           # in memory anyway; a file's rows are used once an epoch
+    return (patch_points if cached else patch_points.__wrapped__)(key, camera, grid, merge)
 
 
 @dataclass(frozen=True)
@@ -300,41 +177,17 @@ def cached_scene(seed, size):
     return make_scene(seed, size)
 
 
-def check_row(row):
-    """Raise BadRow if the row cannot be used; reads its pictures."""
-    width, height = draw_marks(open_image(row), row).size
-    for part in (region_masks, open_depth, intrinsics_of):
-        part(row, width, height)
-    answer, centers = answer_of(row), centers_of(row)
-    try:
-        total_reward("", answer, path_of(row), centers, question=question_of(row))
-    except ValueError as error:                             # wrong ground truth
-        raise BadRow(f"{row['source']}: field {error}") from None
-
-
 def file_source(spec, skip_bad_rows=False):
-    """"FILE" or "FILE*weight" (JSON instances), all rows checked -> (name, rows, weight)."""
+    """"FILE" or "FILE*weight" (instances) -> (name, rows, weight). The first 20 rows are checked now, all on use."""
     path, _, weight = spec.partition("*")
     try:
         weight = float(weight or 1)
     except ValueError:
         raise BadRow(f"--data {spec}: needs FILE or FILE*weight, weight a number") from None
-    good, bad = [], []
-    for row in load_instances(path):
-        try:
-            check_row(row)
-            good.append(row)
-        except BadRow as error:
-            if not skip_bad_rows:
-                raise BadRow(f"{error} (--skip_bad_rows leaves such rows out)") from None
-            bad.append(str(error))
-    for line in bad[:20]:
-        print(f"skipped: {line}", flush=True)
-    if bad:
-        print(f"{path}: {len(bad)} of {len(good) + len(bad)} rows skipped", flush=True)
-    if not good or not weight > 0:
+    rows = Rows(path, skip_bad_rows)
+    if not list(islice(rows, 20)) or not weight > 0:
         raise BadRow(f"--data {spec}: no usable row, or a weight of 0")
-    return os.path.basename(path), good, weight
+    return os.path.basename(path), rows, weight
 
 
 def scenes_source(path):
@@ -438,3 +291,8 @@ class Blend:
 @lru_cache(maxsize=64)
 def shuffle(length, seed):
     return np.random.default_rng(seed).permutation(length)
+
+
+if __name__ == "__main__":
+    import check                                            # here, because it builds on this file
+    check.main()

@@ -8,12 +8,13 @@ Every question is asked on both paths. Per path and task: accuracy, format, tota
 centre error (median over the asked-for objects, metres; an object without a box of its own counts as infinitely far).
 """
 import json
+import math
 import os
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import ImageDraw
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import data
@@ -34,7 +35,7 @@ class Settings:
     scenes: str = setting("", "scenes.jsonl: ask the region questions about these pictures (real ones too)")
     skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
     questions: int = setting(1320, "embedded world: number of held-out questions; each is asked on both paths")
-    path: str = setting("both", "lor, dtr or both")
+    path: str = setting("both", "lor, dtr, both, or auto: dtr for regions and geometry, lor otherwise")
     temperature: float = setting(0.0, "0 is greedy (paper: 0.5 during training)")
     max_new_tokens: int = setting(160, "longest response (paper: 2048)")
     batch: int = setting(240, "prompts at once on a rank")
@@ -89,13 +90,12 @@ def decode(tokenizer, tokens, mask, stop):
 
 def score(row, response):
     """Reward parts of one response, and the distance (metres) of each asked-for centre from its prediction."""
-    centers = data.centers_of(row)
+    centers, images, question = data.centers_of(row), len(data.images_of(row)), data.question_of(row)
     try:
-        parts = rewards.total_reward(response, data.answer_of(row), data.path_of(row), centers,
-                                     question=data.question_of(row))
+        parts = rewards.total_reward(response, data.answer_of(row), data.path_of(row), centers, images, question)
     except ValueError as error:
         raise data.BadRow(f"{row['source']}: {error}") from None
-    errors = list(rewards.center_errors(response, centers, question=data.question_of(row)).values()) if centers else []
+    errors = list(rewards.center_errors(response, centers, images, question).values()) if centers else []
     return {"accuracy": parts["accuracy"], "format": parts["format"], "reward": parts["total"],
             "detection": parts["detection"], "center_errors_m": errors}
 
@@ -118,7 +118,8 @@ def answer(model, tokenizer, processor, rows, device, settings, title="evaluatio
             for i, text in zip(part, decode(tokenizer, tokens, mask, set(stop.tolist()))[0]):
                 results.append({"index": i, "id": rows[i].get("id", str(i)), "path": data.path_of(rows[i]),
                                 "task": rows[i].get("task", "question"), "question": data.question_of(rows[i]),
-                                "answer": data.answer_of(rows[i]), "response": text, **score(rows[i], text)})
+                                "auto": data.best_path(rows[i]), "answer": data.answer_of(rows[i]), "response": text,
+                                **score(rows[i], text)})
     return sorted(run.gather(results), key=lambda r: r["index"])
 
 
@@ -200,13 +201,37 @@ def show_changes(title, before, after):
             run.say("  dtr median centre error {:+.3f} m, 95 % interval [{:+.3f}, {:+.3f}]".format(*paired_error(b, a)))
 
 
+def same_answer(one, other):
+    """Do two responses give the same answer? A letter, a number (to a tenth of itself) or a text."""
+    said = [rewards.extract_answer(text) or text for text in (one, other)]
+    for read in (rewards.read_choice, rewards.read_number):
+        values = [read(text) for text in said]
+        if None not in values:
+            return values[0] == values[1] or read is rewards.read_number and math.isclose(*values, rel_tol=0.1)
+    return rewards.plain(said[0]) == rewards.plain(said[1])
+
+
+def path_choice(lor, dtr):
+    """Results of the same questions on the two paths -> accuracy of LOR, DTR, the automatic choice between them and the
+    best one (an oracle), with intervals; and the share of the questions to which the paths answer the same."""
+    pairs = list(zip(lor, dtr))
+    columns = {"lor": [a["accuracy"] for a, _ in pairs], "dtr": [b["accuracy"] for _, b in pairs],
+               "auto": [(b if a["auto"] == "dtr" else a)["accuracy"] for a, b in pairs],
+               "oracle": [max(a["accuracy"], b["accuracy"]) for a, b in pairs],
+               "agreement": [float(same_answer(a["response"], b["response"])) for a, b in pairs]}
+    return {name: mean_interval(values) for name, values in columns.items()}
+
+
 def show_paths(title, results):
-    """Print the accuracy of DTR minus that of LOR over the same questions."""
+    """Print the accuracy of DTR minus that of LOR over the same questions, and what a choice between them is worth."""
     lor, dtr = ([r for r in results if r["path"] == path] for path in ("lor", "dtr"))
-    if len(lor) == len(dtr) and [r["answer"] for r in lor] == [r["answer"] for r in dtr]:
+    if lor and len(lor) == len(dtr) and [r["answer"] for r in lor] == [r["answer"] for r in dtr]:
         gaps = {name: paired(lor, dtr, "accuracy", tasks) for name, tasks in pools(lor).items() if name != "all"}
         text = "".join(f"  {name} {gap[0]:+.3f} ±{gap[1]:.3f}" for name, gap in gaps.items())
         run.say(f"{title}: accuracy of DTR minus LOR{text}")
+        if all("auto" in r for r in lor):                   # not in the JSON of earlier versions
+            text = "".join(f"  {name} {mean:.3f} ±{half:.3f}" for name, (mean, half) in path_choice(lor, dtr).items())
+            run.say(f"{title}: choice of the path{text}")
 
 
 def show_table(*named):
@@ -236,18 +261,20 @@ def show_pictures(folder, rows, results):
     """One PNG a question: marks, true (circle) and predicted (cross) centres projected into it, the response below."""
     os.makedirs(folder, exist_ok=True)
     for row, result in zip(rows, results):
-        image = data.draw_marks(data.open_image(row), row)
-        camera = data.intrinsics_of(row, *image.size)
+        k = data.reference_frame(row)
+        image = data.draw_marks(data.open_image(row, k), row, k)
+        camera = data.intrinsics_of(row, *image.size, k)
         scale = max(1, round(640 / image.width))
         image = image.resize((image.width * scale, image.height * scale))
         text = f"{result['question']}\ntruth {result['answer']}   reward {result['reward']:.2f}\n{result['response']}"
         lines = text.count("\n") + 1
-        canvas = data.Image.new("RGB", (max(image.width, 640), image.height + 20 + 14 * lines), "white")
+        canvas = Image.new("RGB", (max(image.width, 640), image.height + 20 + 14 * lines), "white")
         canvas.paste(image)
         pen = ImageDraw.Draw(canvas)
         pen.text((6, image.height + 6), text, fill="black")
         found = {tag: center for _, tag, center in reversed(rewards.parse_boxes(result["response"])) if center}
-        for tag, center in (data.centers_of(row) or {}).items():
+        centers = {tag: at.get(k) if isinstance(at, dict) else at for tag, at in (data.centers_of(row) or {}).items()}
+        for tag, center in ((tag, at) for tag, at in centers.items() if at and at[2] > 0):
             color = data.MARK_COLORS[tag.split()[0]]
             u, v = scale * np.array(scenes_file.project(center, camera))
             pen.ellipse([u - 6, v - 6, u + 6, v + 6], outline=color, width=2)
@@ -276,8 +303,8 @@ def compare(files):
 
 def main():
     settings = run.parse(Settings, __doc__)
-    if settings.path not in ("lor", "dtr", "both"):
-        raise run.UserError(f"--path {settings.path}: needs lor, dtr or both")
+    if settings.path not in ("lor", "dtr", "both", "auto"):
+        raise run.UserError(f"--path {settings.path}: needs lor, dtr, both or auto")
     if settings.compare:
         return compare(settings.compare)
     if settings.bench or settings.score:
@@ -287,11 +314,12 @@ def main():
     model, tokenizer, processor = run.load_model(settings.model)
     rows = [row for _, part, _ in data.user_sources(settings) for row in part]
     rows = rows or held_out(settings.questions, run.image_side(processor))
-    rows = [row for row in rows if settings.path in ("both", data.path_of(row))]
+    rows = data.on_paths(rows, settings.path)
     if not rows:
-        raise run.UserError("nothing to answer: no row of this path, or no question asked for")
+        raise run.UserError("nothing to answer: no question asked for")
     results = answer(run.shard(model, device), tokenizer, processor, rows, device, settings)
     show_table((settings.model, make_table(results)))
+    show_paths(settings.model, results)
     if settings.json:
         write_json(settings.json, results)
     if settings.show and run.rank() == 0:

@@ -109,12 +109,13 @@ def sample_groups(model, rows, tokenizer, processor, rules, settings, generator,
     tokens, mask, old, features = rollout(model, prompts, settings.group_size, settings.max_new_tokens, stop, banned,
                                           settings.temperature, generator)
     texts, ended = eval.decode(tokenizer, tokens, mask, set(stop.tolist()))
-    groups, first = [], 0
+    groups, first, seen = [], 0, 0
     for i, (row, sample) in enumerate(zip(rows, samples)):
         mine = slice(i * settings.group_size, (i + 1) * settings.group_size)
         parts = [eval.score(row, text) for text in texts[mine]]
         regions = slice(first, first := first + len(sample["regions"]))
-        groups.append({"row": row, "sample": sample, "features": select_features(features, [i], regions),
+        images = range(seen, seen := seen + len(sample["image_grid_thw"]))
+        groups.append({"row": row, "sample": sample, "features": select_features(features, images, regions),
                        "tokens": tokens[mine], "mask": mask[mine], "old": old[mine], "texts": texts[mine],
                        "rewards": torch.tensor([p["reward"] for p in parts]), "parts": parts,
                        "cut": ended[mine].count(False)})

@@ -533,7 +533,7 @@ def test_a_bad_row_is_one_clear_line_with_file_row_and_field(case, folder):
         data.file_source(str(path))
     message = str(error.value)
     assert "\n" not in message and f"{path}: row 1" in message and field in message
-    assert len(data.file_source(str(path), skip_bad_rows=True)[1]) == 1
+    assert len(list(data.file_source(str(path), skip_bad_rows=True)[1])) == 1
 
 
 @pytest.mark.parametrize("text", ["[{", "{\"id\": 1}\nnonsense", "", "[]", "[1, 2]", "{\"a\": [1, 2}", None])
