@@ -11,7 +11,6 @@ missing there. SAT's choices are shuffled by row number: nothing depends on the 
 import base64
 import binascii
 import glob
-import io
 import json
 import os
 import random
@@ -20,13 +19,13 @@ import zlib
 from functools import partial
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 import data
 import eval
 import run
-from data import BadRow
+from files import Rows
+from instances import BadRow, boxes_of, mark_fields
 from model import rollout
 from rewards import read_choice
 from scoring import ASK, OVERALL, level_of, make_table, rule_of, score
@@ -35,8 +34,8 @@ from tables import parquet_rows, tfrecord_rows
 SEED = 0                                                    # of SAT's shuffled choices
 
 # ---------------------------------------------------------------------------------------------------------------------
-# a row of each benchmark -> what an instance needs of it; "dtr": what differs where there are regions, which are
-# (image, box, unit) in text order, unit "px" or "1000" (thousandths of width and height)
+# a row of each benchmark -> what an instance needs of it; "draw": boxes in pixels by the colour of their mark; "dtr":
+# what differs on the DTR path, for rows with regions
 
 
 def get(row, field, kind=str):
@@ -50,23 +49,13 @@ def get(row, field, kind=str):
 
 
 def spar(row):
-    """The -RGBD variant has depth (metres) and intrinsics; marks ("red_bbox", see data.py) are regions where given."""
-    question, marks = get(row, "question"), {}
-    for kind, margin in (("bbox", 0), ("point", 25)):       # a point is a region of 50 / 1000
-        images = iter((row.get(f"{kind}_img_idx") or [[]])[0])
-        for field in row:
-            if field.endswith(f"_{kind}") and field.split("_")[0] in data.MARK_COLORS and row[field]:
-                x1, y1, *_, x2, y2 = (place := data.boxes_of(row, field, 4 - 2 * (kind == "point"))[0]) + place
-                box = [x1 - margin, y1 - margin, x2 + margin, y2 + margin]
-                marks[field.replace("_", " ")] = (next(images, 0), box, "1000")
-    asked = sorted((mark for mark in marks if mark in question), key=question.find)
-    dtr = question
-    for mark in asked:
-        dtr = dtr.replace(mark, f"{mark} <mask>", 1)
-    kept = {field: row[field] for field in row if field.replace("_", " ") in marks or field.endswith("_img_idx")}
+    """-RGBD has depth (metres) and intrinsics. Marks ("red_bbox", see instances.py) are regions where there are any."""
+    question = get(row, "question")
+    kept = {field: row[field] for field in [*mark_fields(row), "bbox_img_idx", "point_img_idx"] if row.get(field)}
+    named = any(field.replace("_", " ") in question for field in kept)
     return {**kept, "id": row.get("id"), "type": get(row, "task"), "question": question, "answer": get(row, "answer"),
             "image": row.get("image"), "depth": row.get("depth"), "intrinsics": row.get("intrinsic_depth"),
-            "dtr": asked and {"question": dtr, "regions": [marks[mark] for mark in asked]}}
+            "dtr": {"3d_pos": {}} if named else None}
 
 
 def embspatial(row):
@@ -83,8 +72,7 @@ def embspatial(row):
         raise BadRow(f"{row['source']}: field 'objects': needs a list of {{'name', 'bbox': [x, y, w, h]}}") from None
     return {"id": row.get("question_id"), "type": get(row, "relation"), "question": question, "image": image,
             "answer": chr(65 + get(row, "answer", int) % 26), "choices": get(row, "answer_options", list),
-            "dtr": marks and {"question": f"{question}\nObjects: {names}.", "draw": marks,
-                              "regions": [(0, box, "px") for box in marks.values()]}}
+            "dtr": {"question": f"{question}\nObjects: {names}.", "draw": marks, "3d_pos": {}} if marks else None}
 
 
 def sat(row):
@@ -114,33 +102,30 @@ def realworldqa(row):
 
 
 def erqa(row):
-    """visual_indices: the character of the question where each picture belongs. All go before the text here, with their
-    number in that place."""
+    """visual_indices: before which character of the question each picture belongs."""
     row = {**row, **{field: b"".join(row.get(field) or []).decode(errors="replace")
                      for field in ("question", "answer", "question_type")}}
-    question, pictures = get(row, "question"), row.get("image/encoded") or []
-    places = [min(place, len(question)) for place in (row.get("visual_indices") or [])[:len(pictures)]]
-    for place, i in sorted(zip(places, range(1, len(places) + 1)), reverse=True):
-        question = question[:place] + (f"(image {i}) " if any(places) else "") + question[place:]
+    question, pictures, places = get(row, "question"), row.get("image/encoded") or [], row.get("visual_indices") or []
+    for place in sorted(places, reverse=True) if len(places) == len(pictures) else []:
+        question = f"{question[:place]}<image>{question[place:]}"
     return {"type": get(row, "question_type"), "prompt": question, "answer": get(row, "answer"), "image": pictures}
 
 
 def spatialrgpt(row):
-    """Region [i] is the i-th box (of "rle" where "bbox" is missing); the first four are drawn, for both paths."""
+    """Region [i] is the i-th box (of "rle" where "bbox" is missing). The first four are drawn, for both paths."""
     boxes = row.get("bbox") or [rle_box(row, rle) for rle in row.get("rle") or []]
-    draw = dict(zip(data.MARK_COLORS, data.boxes_of({**row, "bbox": boxes}, "bbox")))
+    draw = dict(zip(data.MARK_COLORS, boxes_of(row, "bbox", boxes)))
     lor = dtr = get(row, "text_q")
-    named = [int(i) for i in dict.fromkeys(re.findall(r"Region \[(\d)\]", lor))]             # in text order
+    named = {int(i) for i in re.findall(r"Region \[(\d)\]", lor)}
     if boxes and named and len(boxes) <= max(named):
         raise BadRow(f"{row['source']}: field 'bbox': {len(boxes)} boxes, and a question about Region [{max(named)}]")
-    for i in named if boxes else []:
-        mark = "".join(f"{color} bbox " for color in list(draw)[i:i + 1])
-        lor = lor.replace(f"Region [{i}]", f"Region [{i}] ({mark.strip()})" if mark else f"Region [{i}]", 1)
-        dtr = dtr.replace(f"Region [{i}]", f"Region [{i}] ({mark}<mask>)", 1)
+    for i, color in enumerate(draw):
+        lor = lor.replace(f"Region [{i}]", f"Region [{i}] ({color} bbox)", 1)
+        dtr = dtr.replace(f"Region [{i}]", f"Region [{i}] ({color} bbox <mask>)", 1)
     return {"id": row.get("id"), "type": get({**row, **get(row, "qa_info", dict)}, "category"), "question": lor,
             "answer": data.turns(row)[1].strip(), "draw": draw,
             "image": row.get("image") or (row.get("image_info") or {}).get("file_path"),
-            "dtr": boxes and named and {"question": dtr, "regions": [(0, boxes[i], "px") for i in named]}}
+            "dtr": {"question": dtr, "3d_pos": {}} if boxes and named else None}
 
 
 def rle_box(row, rle):
@@ -175,6 +160,11 @@ BENCHMARKS = {                                              # what a folder is s
     "realworldqa": ("*.parquet", realworldqa), "erqa": ("*.tfrecord", erqa), "spatialrgpt": ("*.jsonl", spatialrgpt)}
 
 
+def json_rows(path):
+    rows = Rows(path)
+    return [rows.read(i) for i in range(len(rows))]
+
+
 def raw_rows(bench, paths):
     """The rows of files and folders, in the order of their names."""
     rows = []
@@ -185,8 +175,7 @@ def raw_rows(bench, paths):
         if not files or not os.path.exists(files[0]):
             raise BadRow(f"--data {path}: no such file, or no {BENCHMARKS[bench][0]} in that folder")
         for file in files:
-            read = {".parquet": parquet_rows, ".tfrecord": tfrecord_rows}.get(os.path.splitext(file)[1],
-                                                                             data.load_instances)
+            read = {".parquet": parquet_rows, ".tfrecord": tfrecord_rows}.get(os.path.splitext(file)[1], json_rows)
             folder = os.path.dirname(os.path.abspath(file))
             rows += [{**row, "source": f"{file}: row {i}", "folder": folder, "group": row.get("source")}
                      for i, row in enumerate(read(file))]
@@ -210,8 +199,8 @@ def instances(bench, row):
     """One row -> its instance on the LOR path and, where it has regions, on the DTR path."""
     given = {"choices": None, "group": None, **BENCHMARKS[bench][1](row)}
     given = graded(bench, {**given, **{key: row[key] for key in ("index", "source", "folder")}})
-    regions, both = given.pop("dtr", None), []
-    for one in [given] + [{**given, "3d_pos": {}, **regions}] if regions else [given]:
+    different, both = given.pop("dtr", None), []
+    for one in [given, {**given, **different}] if different else [given]:
         listed = [f"({chr(65 + i)}) {words}" for i, words in enumerate(one["choices"] or [])]
         text = one["prompt"] if "prompt" in one else "\n".join([one["question"], *listed])
         text = f"{text}\n{ASK[rule_of(bench, one['type'], one['answer'])]}".strip()
@@ -241,34 +230,18 @@ def read(bench, paths, skip_bad_rows=False):
 
 
 def load(row):
-    """The instance as data.py takes it: pictures read, boxes turned into marks (thousandths) and regions (pixels)."""
+    """The instance as data.py takes it: cells of parquet files read, boxes to draw turned into marks (thousandths)."""
     read_now = lambda value: value() if isinstance(value, partial) else value
     row = {key: read_now(value) for key, value in row.items()}
-    images = []
-    for value in map(read_now, row["image"] if isinstance(row["image"], list) else [row["image"]]):
-        value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
-        try:
-            if value is not None:
-                file = io.BytesIO(value) if isinstance(value, bytes) else os.path.join(row["folder"], value)
-                images.append(np.asarray(Image.open(file).convert("RGB")))
-        except (UnidentifiedImageError, OSError, TypeError) as error:
-            raise BadRow(f"{row['source']}: field 'image': unreadable picture ({error})") from None
+    images = [read_now(value) for value in (row["image"] if isinstance(row["image"], list) else [row["image"]])]
+    images = [value.get("bytes") or value.get("path") if isinstance(value, dict) else value for value in images]
+    images = [value for value in images if value is not None]
     if not images:
         raise BadRow(f"{row['source']}: field 'image': no picture; without pictures there is only --score")
-    sizes = [image.shape[1::-1] for image in images]
     row["image"] = images[0] if len(images) == 1 else images
-    for color, (x1, y1, x2, y2) in row.pop("draw", {}).items():
-        w, h = sizes[0]
-        row[f"{color}_bbox"] = [[x1 * 1000 / w, y1 * 1000 / h, x2 * 1000 / w, y2 * 1000 / h]]
-    boxes, places = [[] for _ in images], {}
-    for k, (i, box, unit) in enumerate(row.pop("regions", [])):
-        w, h = sizes[i]
-        scale = (w / 1000, h / 1000) * 2 if unit == "1000" else (1,) * 4
-        places[str(k)] = [i, len(boxes[i])]
-        boxes[i].append([min(max(v * s, 0), limit) for v, s, limit in zip(box, scale, (w, h) * 2)])
-    row["bbox"] = boxes[0]
-    if len(images) > 1:
-        row["bbox"], row["mask_idx"] = {str(i): of for i, of in enumerate(boxes)}, places
+    sizes = [data.open_image(row, i).size for i in range(len(images))]
+    for color, box in row.pop("draw", {}).items():
+        row[f"{color}_bbox"] = [[min(max(v / side, 0), 1) * 1000 for v, side in zip(box, sizes[0] * 2)]]
     return with_depth(row, sizes)
 
 
@@ -285,7 +258,8 @@ def with_depth(row, sizes):
     except (TypeError, ValueError, IndexError) as error:
         raise BadRow(f"{row['source']}: field 'depth': needs maps in metres, and 4x4 intrinsics ({error})") from None
     one = len(sizes) == 1
-    return {**row, "depth": maps[0] if one else maps, "intrinsics": cameras[0] if one else cameras} if maps else row
+    found = {"depth": maps[0] if one else maps, "intrinsics": cameras[0] if one else cameras} if maps else {}
+    return {**row, **found}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -365,7 +339,7 @@ def read_responses(settings):
     a response as wrong; without, each line holds its own "answer" and "type"."""
     rows = read(settings.bench, settings.data, settings.skip_bad_rows) if settings.data else []
     known, found = {(row["id"], data.path_of(row)): row for row in rows}, {}
-    for number, line in enumerate(line for line in data.load_instances(settings.score) if "run" not in line):
+    for number, line in enumerate(line for line in json_rows(settings.score) if "run" not in line):
         key = str(line.get("id", line.get("idx", number))), line.get("path", "lor")
         if not isinstance(line.get("response"), str):
             raise BadRow(f"{line['source']}: field 'response': needs text, not {str(line.get('response'))[:60]!r}")
@@ -412,7 +386,9 @@ def main(settings):
     else:
         device = run.setup(settings.seed)
         rows = read(bench, settings.data, settings.skip_bad_rows)
-        rows = [row for row in rows if settings.path in ("both", data.path_of(row))]
+        best = {row["id"]: data.best_path(row) if data.path_of(row) == "dtr" else "lor" for row in rows}     # DTR last
+        rows = [row for row in rows if settings.path in ("both", data.path_of(row)) or
+                settings.path == "auto" and best[row["id"]] == data.path_of(row)]
         model, tokenizer, processor = run.load_model(settings.model)
         about = {"bench": bench, "weights": fingerprint(model), "max_new_tokens": settings.max_new_tokens}
         results = answer(run.shard(model, device), tokenizer, processor, rows, device, settings,
@@ -420,7 +396,7 @@ def main(settings):
     if not results:
         raise run.UserError("nothing to score: no response, or no question of this path")
     results = [{**r, "score": score(bench, r["response"], r)} for r in results]
-    table = make_table(bench, results, eval.mean_interval)
+    table = make_table(bench, results, eval.mean_interval, ("auto",) if settings.path == "auto" else ("lor", "dtr"))
     for line in table:
         run.say("{path:<4} {kind:<8}{name:<32}{n:>6} {score:6.3f} ±{ci:.3f}".format(**line))
     run.say(f"± is half a 95 % interval; overall is {OVERALL.get(bench, ['the mean over all questions'])[0]}")

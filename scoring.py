@@ -179,12 +179,13 @@ def mean_of(results, keys, mean_interval):
     return sum(mean for mean, _ in means) / len(means), math.hypot(*(half for _, half in means)) / len(means)
 
 
-def make_table(bench, results, mean_interval):
-    """Scored results -> one dict a path and type, level, and overall: n, score, ci (half a 95 % interval)."""
+def make_table(bench, results, mean_interval, paths=("lor", "dtr")):
+    """Scored results -> one dict a path and type, level, and overall: n, score, ci (half a 95 % interval).
+    The path "auto" is all results."""
     table, pooled = [], lambda r: ()
     groups_of = OVERALL.get(bench, ("", pooled))[1]
-    for path in ("lor", "dtr"):
-        of_path = [r for r in results if r["path"] == path]
+    for path in paths:
+        of_path = [r for r in results if path in ("auto", r["path"])]
         parts = [("type", name, pooled) for name in sorted({r["type"] for r in of_path})]
         parts += [("level", name, groups_of) for name in dict.fromkeys(r["level"] for r in of_path) if name]
         for kind, name, groups in parts + [("overall", "overall", groups_of)] * bool(of_path):

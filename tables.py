@@ -1,38 +1,28 @@
-"""Rows of parquet and TFRecord files as dicts; the pictures of a parquet file stay on disk until they are asked for.
-
-pyarrow is imported on use. TFRecord files are read without TensorFlow, with both checksums of each record checked.
+"""Tables that benchmarks come in -> rows as dicts: parquet, whose pictures stay on disk until they are asked for, and
+TFRecord files, read without TensorFlow, with both checksums of each record checked.
 """
 import struct
 from functools import lru_cache, partial
 
-import run
-from data import BadRow
+from files import open_parquet
+from instances import BadRow
 
 LAZY = ("image", "image_bytes", "image_1", "image_2", "image_3", "image_4", "depth")
 
 
 def parquet_rows(path):
     """-> dicts; a cell of a column in LAZY is a function (functools.partial) that reads it."""
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise run.UserError(f"--data {path}: reading parquet files needs pyarrow (pip install pyarrow)") from None
-    try:
-        file = ParquetFile(path)
-        groups = [file.read_row_group(g, [n for n in file.schema_arrow.names if n not in LAZY]).to_pylist()
-                  for g in range(file.num_row_groups)]
-    except (OSError, pyarrow.ArrowException) as error:
-        raise BadRow(f"{path}: no readable parquet file ({str(error).splitlines()[0]}); download it again") from None
-    heavy = [name for name in file.schema_arrow.names if name in LAZY]
-    return [{**row, **{name: partial(cell, path, g, i, name) for name in heavy}}
+    file = open_parquet(path)
+    names = file.schema_arrow.names
+    light = [name for name in names if name not in LAZY]
+    groups = [file.read_row_group(g, light).to_pylist() for g in range(file.num_row_groups)]
+    return [{**row, **{name: partial(cell, path, g, i, name) for name in names if name in LAZY}}
             for g, rows in enumerate(groups) for i, row in enumerate(rows)]
 
 
 @lru_cache(maxsize=8)                                       # neighbours are asked for one after the other
 def column(path, group, name):
-    from pyarrow.parquet import ParquetFile
-    return ParquetFile(path).read_row_group(group, [name]).column(0)
+    return open_parquet(path).read_row_group(group, [name]).column(0)
 
 
 def cell(path, group, index, name):

@@ -321,8 +321,9 @@ def test_spar(tmp_path):
     assert data.question_of(rows[0]) == "How deep?\nAnswer with a number."
     assert data.question_of(rows[1]) == "Which? A. B.\nAnswer with the letter of the choice."
     one, two = benchmarks.load(rows[0]), benchmarks.load(rows[1])
-    assert one["image"].shape == (30, 40, 3) and tuple(one["image"][0, 0]) == (200, 30, 30) and "depth" not in one
-    assert [tuple(image[0, 0]) for image in two["image"]] == [(200, 30, 30), (0, 9, 0)]
+    assert "depth" not in one and data.open_image(one).size == (40, 30)
+    assert data.open_image(one).getpixel((0, 0)) == (200, 30, 30)
+    assert [data.open_image(two, i).getpixel((0, 0)) for i in range(2)] == [(200, 30, 30), (0, 9, 0)]
 
 
 def test_spar_rgbd_depth_is_brought_to_the_size_of_the_picture(tmp_path):
@@ -344,10 +345,9 @@ def test_spar_marks_are_regions_on_the_dtr_path(tmp_path):
     assert "<mask>" not in data.question_of(lor) and dtr["3d_pos"] == {} and lor["id"] == dtr["id"]
     assert "(red point <mask>), how deep is the desk (blue bbox <mask>)?" in data.question_of(dtr)
     loaded = benchmarks.load(dtr)                           # thousandths of 40 x 30; a point is 50 / 1000, clamped
-    assert loaded["bbox"] == [pytest.approx([0, 14.25, 1.4, 15.75]), pytest.approx([4, 6, 20, 30])]
-    assert loaded["blue_bbox"] == [[100, 200, 500, 1000]] and loaded["red_point"] == [[10, 500]]
-    assert tuple(np.asarray(data.draw_marks(data.open_image(benchmarks.load(lor)), lor))[15, 0]) == (255, 0, 0)
-    assert data.region_masks(loaded, 40, 30).sum((1, 2)).tolist() == [4, 16 * 24]            # columns 0-1, rows 14-15
+    assert data.regions_of(loaded, [(40, 30)]) == [(0, pytest.approx([0, 14.25, 1.4, 15.75])), (0, [4, 6, 20, 30])]
+    drawn = np.asarray(data.draw_marks(data.open_image(benchmarks.load(lor)), lor))
+    assert tuple(drawn[15, 0]) == (255, 0, 0) and tuple(drawn[6, 4]) == (0, 0, 255)
 
 
 def test_spar_marks_in_two_pictures(tmp_path):
@@ -355,8 +355,8 @@ def test_spar_marks_in_two_pictures(tmp_path):
            "red_point": [[500, 500]], "blue_point": [[100, 100]], "point_img_idx": [[1, 0]]}
     _, dtr = benchmarks.read("spar", [str(parquet(tmp_path / "a.parquet", [row]))])
     loaded = benchmarks.load(dtr)
-    assert loaded["bbox"] == {"0": [pytest.approx([3, 2.25, 5, 3.75])], "1": [pytest.approx([19, 14.25, 21, 15.75])]}
-    assert loaded["mask_idx"] == {"0": [1, 0], "1": [0, 0]}
+    assert data.regions_of(loaded, [(40, 30)] * 2) == [(1, pytest.approx([19, 14.25, 21, 15.75])),
+                                                       (0, pytest.approx([3, 2.25, 5, 3.75]))]
 
 
 def test_embspatial(tmp_path):
@@ -367,9 +367,9 @@ def test_embspatial(tmp_path):
                                      "(C) right of\n(D) under\nAnswer with the letter of the choice.")
     assert "Objects: chair (red bbox <mask>), lamp (blue bbox <mask>).\n(A) above" in data.question_of(dtr)
     loaded = benchmarks.load(dtr)
-    assert loaded["bbox"] == [[4, 6, 14, 18], [20, 3, 40, 12]]                               # x + w clamped to 40
+    assert data.regions_of(loaded, [(40, 30)]) == [(0, pytest.approx([4, 6, 14, 18])),
+                                                   (0, pytest.approx([20, 3, 40, 12]))]      # x + w clamped to 40
     assert loaded["red_bbox"] == [[100, 200, 350, 600]] and "red_bbox" not in benchmarks.load(lor)
-    assert data.region_masks(loaded, 40, 30).sum((1, 2)).tolist() == [120, 180]
 
 
 def test_sat_is_shuffled_by_row_number(tmp_path):
@@ -382,7 +382,7 @@ def test_sat_is_shuffled_by_row_number(tmp_path):
     assert {r["answer"] for r in read} == set("ABC") and all(sorted(r["choices"]) == sorted(words) for r in read)
     assert [r["choices"] for r in benchmarks.read("sat", [str(tmp_path)])] == [r["choices"] for r in read]
     assert f"(A) {read[0]['choices'][0]}\n(B) {read[0]['choices'][1]}" in data.question_of(read[0])
-    assert [isinstance(benchmarks.load(r)["image"], list) for r in read[:2]] == [False, True]
+    assert [len(data.images_of(benchmarks.load(r))) for r in read[:2]] == [1, 2]
 
 
 def test_blink_cvbench_and_realworldqa(tmp_path):
@@ -394,7 +394,8 @@ def test_blink_cvbench_and_realworldqa(tmp_path):
     assert [(r["id"], r["type"], r["answer"]) for r in read] == [("val_Jigsaw_4", "Jigsaw", "(B)"),
                                                                 ("val_Spatial_Relation_1", "Spatial_Relation", "(A)")]
     assert data.question_of(read[1]) == rows[0]["prompt"] + "\nAnswer with the letter of the choice."
-    assert len(benchmarks.load(read[0])["image"]) == 2 and benchmarks.load(read[1])["image"].shape == (30, 40, 3)
+    assert [len(data.images_of(benchmarks.load(row))) for row in read] == [2, 1]
+    assert data.open_image(benchmarks.load(read[0]), 1).getpixel((0, 0)) == (0, 9, 0)
     with pytest.raises(data.BadRow, match="row 0: field 'answer': 'hidden'"):
         benchmarks.read("blink", [str(tmp_path / "Jigsaw" / "test-00000-of-00001.parquet")])
 
@@ -415,13 +416,14 @@ def test_erqa(packed, tmp_path):
     row = {"question": [b"Here it is; where now?"], "answer": [b"C"], "question_type": [b"Pointing"]}
     path = tfrecord(tmp_path / "erqa.tfrecord", [
         {**row, "image/encoded": [picture(kind="JPEG")], "visual_indices": [0]},
-        {**row, "image/encoded": [picture(), picture((0, 9, 0))] * 150, "visual_indices": [0, 12, *[300] * 298]}],
-        packed)
-    one, two = benchmarks.read("erqa", [str(path)])
+        {**row, "image/encoded": [picture(), picture((0, 9, 0))], "visual_indices": [0, 12]},
+        {**row, "image/encoded": [picture()] * 4, "visual_indices": [22, 300, 300, 300]}], packed)
+    one, two, three = benchmarks.read("erqa", [str(path)])
     assert data.question_of(one) == "Here it is; where now?\nAnswer with the letter of the choice."
-    assert data.question_of(two).startswith("(image 1) Here it is; (image 2) where now?(image 3) ")
+    assert data.text_of(two).startswith("<image>Here it is; <image>where now?\n")
+    assert data.text_of(three).startswith("Here it is; where now?<image><image><image><image>\n")
     assert (one["id"], one["type"], one["answer"]) == ("0", "Pointing", "C")
-    assert benchmarks.load(one)["image"].shape == (30, 40, 3) and len(benchmarks.load(two)["image"]) == 300
+    assert data.open_image(benchmarks.load(two), 1).getpixel((0, 0)) == (0, 9, 0)
 
 
 def test_damaged_tfrecords_are_found(tmp_path):
@@ -448,7 +450,8 @@ def test_spatialrgpt(tmp_path):
     assert data.question_of(dtr).startswith("Is Region [1] (blue bbox <mask>) left of Region [0] (red bbox <mask>)?")
     assert (lor["level"], lor["type"]) == ("qualitative", "left_predicate")
     loaded = benchmarks.load(dtr)
-    assert loaded["bbox"] == [[20, 5, 40, 25], [1, 2, 11, 12]]                               # in text order, clamped
+    assert data.regions_of(loaded, [(40, 30)]) == [(0, pytest.approx([20, 5, 40, 25])),       # in text order, clamped
+                                                   (0, pytest.approx([1, 2, 11, 12]))]
     assert loaded["red_bbox"] == benchmarks.load(lor)["red_bbox"] == [pytest.approx([25, 2000 / 30, 275, 400])]
 
 
@@ -532,14 +535,14 @@ def test_bad_pictures_and_files_are_named(tmp_path):
         benchmarks.read("embspatial", [str(tmp_path)])      # a folder without such a file
     pytest.importorskip("pyarrow")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(data.BadRow, match="cut.parquet: no readable parquet"):
+    with pytest.raises(data.BadRow, match="cut.parquet: not a parquet file"):
         benchmarks.read("sat", [str(tmp_path / "cut.parquet")])
 
 
 def test_without_pyarrow_the_error_says_so(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(run.UserError, match="pip install pyarrow"):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(data.BadRow, match="a.parquet: .*pip install pyarrow"):
         benchmarks.read("sat", [str(tmp_path / "a.parquet")])
 
 
@@ -630,6 +633,30 @@ def test_responses_of_another_run_are_not_mixed_in(world, answered, alone):
     before = benchmarks.fingerprint(model)
     model.model.language_model.norm.weight.data[0] += 1e-6
     assert benchmarks.fingerprint(model) != before
+
+
+def test_the_automatic_path_is_dtr_where_there_are_regions_and_geometry(world, answered, alone, monkeypatch):
+    (world / "auto.jsonl").write_text(answered[1])          # all answered before
+    monkeypatch.setattr(benchmarks, "load", None)
+    benchmarks.main(settings(world, json=str(world / "auto.json"), path="auto"))
+    found = json.loads((world / "auto.json").read_text())
+    assert [r["path"] for r in found["responses"]] == ["lor" if i in (3, 6) else "dtr" for i in range(8)]
+    assert {line["path"] for line in found["table"]} == {"auto"} and found["table"][-1]["n"] == 8
+
+
+def test_several_pictures_and_depth_reach_the_model(world, tmp_path, alone):
+    camera = [[2.0, 0, 1, 0, 0, 2.0, 1, 0, 0, 0, 1, 0, 0, 0, 0, 1]]
+    rows = [{**row, "depth": [[[1.0, 1.5], [2.0, 3.0]]] * len(row["image"]),
+             "intrinsic_depth": camera * len(row["image"])} for row in spar_rows()]
+    path = parquet(tmp_path / "a.parquet", rows)
+    tokenizer, processor = run.load_model(str(world / "model"))[1:]
+    samples = [data.encode(benchmarks.load(row), tokenizer, processor, train=False)
+               for row in benchmarks.read("spar", [str(path)])]
+    assert [len(sample["image_grid_thw"]) for sample in samples] == [1, 2, 2]
+    assert all(np.isfinite(sample["points"].numpy()).all() for sample in samples)
+    benchmarks.main(settings(world, bench="spar", data=[str(path)], json=str(tmp_path / "a.json")))
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [r["id"] for r in found["responses"]] == ["10", "11", "12"]
 
 
 def test_two_processes_give_what_one_gives(world, answered):
@@ -731,15 +758,15 @@ def test_real_erqa(tmp_path):
     assert [(r["answer"], r["type"]) for r in rows] == [("A", "Trajectory Reasoning"), ("C", "Action Reasoning"),
                                                        ("B", "Pointing")]
     questions = (REAL / "ERQA" / "custom_test_questions.txt").read_text()
-    assert all(r["prompt"] in questions for r in rows)
-    assert [benchmarks.load(r)["image"].shape for r in rows] == [(1280, 960, 3), (705, 1280, 3), (933, 1280, 3)]
+    assert all(data.question_of(r).splitlines()[0] in questions for r in rows)
+    assert [data.open_image(benchmarks.load(r)).size for r in rows] == [(960, 1280), (1280, 705), (1280, 933)]
     more = [json.loads(line) for line in (REAL / "ERQA" / "erqa_first6_reconstructed.jsonl").read_text().splitlines()]
     path = tfrecord(tmp_path / "erqa.tfrecord", [{
         "question": [r["question"].encode()], "answer": [r["answer"].encode()], "visual_indices": r["visual_indices"],
         "question_type": [r["question_type"].encode()],
         "image/encoded": [picture() for _ in r["images"]]} for r in more])
     again = benchmarks.read("erqa", [str(path)])
-    assert [r["prompt"] for r in again] == [r["question"] for r in more]
+    assert [r["prompt"] for r in again] == ["<image>" + r["question"] for r in more]
     count("ERQA", rows + again)
 
 
@@ -754,8 +781,8 @@ def test_real_blink(tmp_path):
     read = benchmarks.read("blink", [str(parquet(tmp_path / "val-00000-of-00001.parquet", rows, group=7))])
     assert [r["id"] for r in read] == [r["idx"] for r in rows] and len(read) == len(answers) > 10
     for row in read:
-        assert benchmarks.load(row)["image"].shape == np.asarray(
-            Image.open(folder / "orig_images" / f"{row['id']}.jpg").convert("RGB")).shape
+        original = Image.open(folder / "orig_images" / f"{row['id']}.jpg")
+        assert data.open_image(benchmarks.load(row)).size == original.size
         assert scoring.score("blink", {"(A)": "yes", "(B)": "no"}[row["answer"]], row) == 1
     count("BLINK", read)
 
