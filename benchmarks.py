@@ -70,8 +70,11 @@ def embspatial(row):
         names = ", ".join(f"{one['name']} ({color} bbox <mask>)" for color, one in zip(marks, objects))
     except (TypeError, KeyError, ValueError):
         raise BadRow(f"{row['source']}: field 'objects': needs a list of {{'name', 'bbox': [x, y, w, h]}}") from None
+    choices, index = get(row, "answer_options", list), get(row, "answer", int)
+    if not 0 <= index < len(choices):
+        raise BadRow(f"{row['source']}: field 'answer': {index} must be 0 to {len(choices) - 1}")
     return {"id": row.get("question_id"), "type": get(row, "relation"), "question": question, "image": image,
-            "answer": chr(65 + get(row, "answer", int) % 26), "choices": get(row, "answer_options", list),
+            "answer": chr(65 + index), "choices": choices,
             "dtr": {"question": f"{question}\nObjects: {names}.", "draw": marks, "3d_pos": {}} if marks else None}
 
 
@@ -106,8 +109,10 @@ def erqa(row):
     row = {**row, **{field: b"".join(row.get(field) or []).decode(errors="replace")
                      for field in ("question", "answer", "question_type")}}
     question, pictures, places = get(row, "question"), row.get("image/encoded") or [], row.get("visual_indices") or []
-    for place in sorted(places, reverse=True) if len(places) == len(pictures) else []:
-        question = f"{question[:place]}<image>{question[place:]}"
+    if len(places) == len(pictures):
+        pictures = [pictures[i] for i in np.argsort(places, kind="stable")]
+        for place in sorted(places, reverse=True):
+            question = f"{question[:place]}<image>{question[place:]}"
     return {"type": get(row, "question_type"), "prompt": question, "answer": get(row, "answer"), "image": pictures}
 
 
@@ -331,7 +336,7 @@ def answer(model, tokenizer, processor, rows, device, settings, file, about):
                 with open(file, "a") as handle:
                     handle.write("".join(json.dumps(one) + "\n" for one in new))
             done.update({(one["id"], one["path"]): one for one in new})
-    return [done[row["id"], data.path_of(row)] for row in rows]
+    return [record(row, done[row["id"], data.path_of(row)]["response"]) for row in rows]
 
 
 def read_responses(settings):
@@ -340,7 +345,7 @@ def read_responses(settings):
     rows = read(settings.bench, settings.data, settings.skip_bad_rows) if settings.data else []
     known, found = {(row["id"], data.path_of(row)): row for row in rows}, {}
     for number, line in enumerate(line for line in json_rows(settings.score) if "run" not in line):
-        key = str(line.get("id", line.get("idx", number))), line.get("path", "lor")
+        key = str(line.get("id", line.get("idx", number))), "dtr" if line.get("path") == "dtr" else "lor"
         if not isinstance(line.get("response"), str):
             raise BadRow(f"{line['source']}: field 'response': needs text, not {str(line.get('response'))[:60]!r}")
         if key in found or rows and key not in known:

@@ -416,7 +416,7 @@ def test_erqa(packed, tmp_path):
     row = {"question": [b"Here it is; where now?"], "answer": [b"C"], "question_type": [b"Pointing"]}
     path = tfrecord(tmp_path / "erqa.tfrecord", [
         {**row, "image/encoded": [picture(kind="JPEG")], "visual_indices": [0]},
-        {**row, "image/encoded": [picture(), picture((0, 9, 0))], "visual_indices": [0, 12]},
+        {**row, "image/encoded": [picture((0, 9, 0)), picture()], "visual_indices": [12, 0]},
         {**row, "image/encoded": [picture()] * 4, "visual_indices": [22, 300, 300, 300]}], packed)
     one, two, three = benchmarks.read("erqa", [str(path)])
     assert data.question_of(one) == "Here it is; where now?\nAnswer with the letter of the choice."
