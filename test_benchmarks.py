@@ -416,14 +416,14 @@ def test_erqa(packed, tmp_path):
     row = {"question": [b"Here it is; where now?"], "answer": [b"C"], "question_type": [b"Pointing"]}
     path = tfrecord(tmp_path / "erqa.tfrecord", [
         {**row, "image/encoded": [picture(kind="JPEG")], "visual_indices": [0]},
-        {**row, "image/encoded": [picture((0, 9, 0)), picture()], "visual_indices": [12, 0]},
+        {**row, "image/encoded": [picture((0, 9, i)) for i in range(3)], "visual_indices": [12, 0, 5]},
         {**row, "image/encoded": [picture()] * 4, "visual_indices": [22, 300, 300, 300]}], packed)
     one, two, three = benchmarks.read("erqa", [str(path)])
     assert data.question_of(one) == "Here it is; where now?\nAnswer with the letter of the choice."
-    assert data.text_of(two).startswith("<image>Here it is; <image>where now?\n")
+    assert data.text_of(two).startswith("<image>Here <image>it is; <image>where now?\n")
     assert data.text_of(three).startswith("Here it is; where now?<image><image><image><image>\n")
     assert (one["id"], one["type"], one["answer"]) == ("0", "Pointing", "C")
-    assert data.open_image(benchmarks.load(two), 1).getpixel((0, 0)) == (0, 9, 0)
+    assert [data.open_image(benchmarks.load(two), i).getpixel((0, 0))[2] for i in range(3)] == [1, 2, 0]
 
 
 def test_damaged_tfrecords_are_found(tmp_path):
@@ -508,6 +508,8 @@ BAD = [("embspatial", emb_row(answer=4), "'answer'"), ("embspatial", emb_row(ans
        ("spatialrgpt", rgpt_row(bbox=None, rle=[{"size": [3, 3]}] * 2), "'rle'"),
        ("spatialrgpt", rgpt_row(qa_info={"category": "width_data"}), "'answer'"),
        ("vsi", {"question": "a", "question_type": "room_size_estimation", "ground_truth": "big"}, "'answer'"),
+       ("vsi", {"question": "a", "question_type": "route_planning", "ground_truth": "B", "options": ["A."]},
+        "'answer'"),
        ("vsi", {"question": "a", "question_type": "size", "ground_truth": "2"}, "'size'")]
 
 
@@ -612,7 +614,7 @@ def test_a_killed_run_goes_on_where_it_was(world, answered, alone, monkeypatch):
     monkeypatch.setattr(benchmarks, "load", lambda row: asked.append(row["id"]) or load(row))
     benchmarks.main(settings(world, json=str(world / "half.json"), batch=2))
     again = json.loads((world / "half.json").read_text())["responses"]
-    assert len(asked) == 14 - 6 and len((world / "half.jsonl").read_text().splitlines()) == 15
+    assert len(asked) == 14 - 6 and len(list(map(json.loads, (world / "half.jsonl").read_text().splitlines()))) == 15
     first = plain_results(found["responses"])
     second = plain_results(again)
     assert [r[:4] for r in first] == [r[:4] for r in second] and [r[4] for r in second].count("kept from before") == 1
