@@ -2,6 +2,7 @@
 
     python eval.py --model out/grpo                                    # held-out scenes of the embedded world
     torchrun --nproc_per_node 8 eval.py --model out/grpo --scenes scenes.jsonl --json out.json --show out/pictures
+    python eval.py --model out/grpo --bench blink --data BLINK         # published benchmarks: see benchmarks.py
 
 Every question is asked on both paths. Per path and task: accuracy, format, total and detection reward (means) and the
 centre error (median over the asked-for objects, metres; an object without a box of its own counts as infinitely far).
@@ -45,6 +46,9 @@ class Settings:
     show: str = setting("", "folder for one picture a question: regions, predicted and true centres, response")
     report: str = setting("", "HTML file for tables, charts and examples to browse; also of --compare")
     runs: list = setting([], "report: folders whose metrics.jsonl it draws; empty: the model's, or the compared files'")
+    bench: str = setting("", "answer a published benchmark, its files in --data: spar, embspatial, sat, blink, "
+                             "cvbench, realworldqa, erqa, spatialrgpt or (only --score) vsi")
+    score: str = setting("", "with --bench: only score this JSON-lines file of {id, response}; nothing is run")
     seed: int = setting(0, "seed of the sampling at temperatures above 0")
 
 
@@ -316,6 +320,9 @@ def main():
     settings = run.parse(Settings, __doc__)
     if settings.path not in ("lor", "dtr", "both", "auto"):
         raise run.UserError(f"--path {settings.path}: needs lor, dtr, both or auto")
+    if settings.bench or settings.score:
+        import benchmarks                                   # here, as it imports this file
+        return benchmarks.main(settings)
     rows = [row for _, part, _ in data.user_sources(settings) for row in part]
     runs = settings.runs or [os.path.dirname(file) for file in settings.compare] or [settings.model]
     if settings.compare:
