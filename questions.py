@@ -193,13 +193,13 @@ def general(text, options, best, words, objects):
 
 
 def ask_exist(rng, objects):
-    seen = sorted({o["color"] for o in objects})
-    unseen = sorted(set(COLORS) - set(seen))
+    shapes = {o["color"]: o["label"] for o in objects}
+    unseen = [color for color in COLORS if color not in shapes]
     there = bool(rng.integers(2)) or not unseen
-    color = str(rng.choice(seen if there else unseen))
+    color = str(rng.choice(list(shapes) if there else unseen))
     verdict = "yes" if there else "no"
-    return general(f"Is anything {color} in the image?", ["yes", "no"], verdict, f"Anything {color}: {verdict}.",
-                   objects)
+    words = f"The {color} one: {shapes.get(color, 'none')}, {verdict}."
+    return general(f"Is anything {color} in the image?", ["yes", "no"], verdict, words, objects)
 
 
 def ask_color(rng, objects):

@@ -97,7 +97,7 @@ def fit(settings, model, tokenizer, processor, sources, steps, device, keeper, t
     run.say(f"{title}: {steps} steps of {settings.batch} rows ({local} a rank) from {len(blend):,} rows: " +
             ", ".join(f"{name} {count:,}" for (name, _, _), count in zip(sources, blend.counts)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, settings.beta2),
-                                  weight_decay=settings.weight_decay)
+                                  weight_decay=settings.weight_decay, fused=True)
     first, position = keeper.begin(title, steps, optimizer)                                  # 0, 0 unless resumed
     starts = range(position + run.rank() * local, position + (steps - first) * settings.batch, settings.batch)
     mine = [start + i for start in starts for i in range(local)]
