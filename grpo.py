@@ -61,6 +61,7 @@ class Settings:
     train_vision: bool = setting(False, "also train the vision side (paper: frozen)")
     micro_tokens: int = setting(6144, "most tokens, with padding, of one training pass on a rank; bounds memory")
     checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); a third slower")
+    attention: str = setting("auto", "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed")
     questions: int = setting(1320, "held-out questions of the evaluation, each on both paths; 0: no evaluation")
     show_every: int = setting(10, "steps between printed responses")
 
@@ -128,11 +129,12 @@ def keep_group(group, settings):
 
 
 def micro_batches(groups, max_tokens):
-    """Groups sorted by length, cut where (prompt + G longest responses) x groups would exceed max_tokens."""
-    size = lambda g: len(g["sample"]["prompt"]) + len(g["mask"]) * g["mask"].sum(1).max().item()
+    """Groups sorted by length, cut where a pass would exceed max_tokens with its padding. A group is never split."""
+    prompt, response = lambda g: len(g["sample"]["prompt"]), lambda g: g["mask"].sum(1).max().item()
+    padded = lambda part: len(part) * (max(map(prompt, part)) + len(part[0]["mask"]) * max(map(response, part)))
     parts = []
-    for group in sorted(groups, key=size):
-        if not parts or (len(parts[-1]) + 1) * size(group) > max_tokens:
+    for group in sorted(groups, key=lambda g: padded([g])):
+        if not parts or padded(parts[-1] + [group]) > max_tokens:
             parts.append([])
         parts[-1].append(group)
     return parts
@@ -162,7 +164,7 @@ def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banne
         return None
     parts = micro_batches(groups, settings.micro_tokens)
     rounds = run.most(len(parts))                           # every rank runs as many passes, or the collectives hang
-    sums = {}
+    sums, worst = {}, 0.0
     for i in range(rounds):
         real = i < len(parts)
         batch = collate_groups(parts[i] if real else [filler], tokenizer, device)
@@ -179,6 +181,7 @@ def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banne
         (loss * real * run.world() / tokens).backward()     # FSDP averages over the ranks, hence their number
         if real:
             stats |= {"loss": loss.detach(), "entropy": entropy[mask.bool()].sum()}
+            worst = max(worst, (logprobs.detach() - old)[mask.bool()].abs().max().item())
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in stats.items()}
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip).full_tensor().item()
@@ -186,7 +189,8 @@ def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banne
         optimizer.step()
     optimizer.zero_grad()
     names = ["loss", "ratio", "clipped", "mismatch", "entropy"] + ["kl"] * (reference is not None)
-    return {**{name: run.total(sums.get(name, 0.0)) / tokens for name in names}, "grad_norm": norm, "tokens": tokens}
+    return {**{name: run.total(sums.get(name, 0.0)) / tokens for name in names}, "mismatch_max": run.most(worst),
+            "grad_norm": norm, "tokens": tokens}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,13 +246,18 @@ def report(step, seen, kept, model_steps, log, bar, settings, rollout_s, update_
             if count:
                 line[f"{path}_{key}"] = run.total(sum(values)) / count
     responses = run.total(sum(len(g["parts"]) for g in seen))
-    line["kept"] = run.total(len(kept)) / run.total(len(seen))
+    dropped = [g["rewards"].mean().item() for g in seen if not keep_group(g, settings)]
+    groups, low = run.total(len(seen)), run.total(sum(mean < 0.5 for mean in dropped))
+    line["rounds"], line["kept"] = len(seen) // (settings.prompts // run.world()), run.total(len(kept)) / groups
+    line["dropped_low"] = low / groups                      # no signal because too hard (mean reward below 0.5)
+    line["dropped_high"] = (run.total(len(dropped)) - low) / groups                          # .. because too easy
     line["cut"] = run.total(sum(g["cut"] for g in seen)) / responses
     line["length"] = run.total(sum(g["mask"].sum().item() for g in seen)) / responses
     for key in model_steps[0] if model_steps else []:
         line[key] = sum(s[key] for s in model_steps) / len(model_steps)
     if model_steps:
-        line["first_ratio"], line["first_mismatch"] = model_steps[0]["ratio"], model_steps[0]["mismatch"]
+        line["mismatch_max"] = max(s["mismatch_max"] for s in model_steps)
+        line |= {f"first_{key}": model_steps[0][key] for key in ("ratio", "mismatch", "mismatch_max")}
     log.write(**line)
     shown = [key for key in ("lor_reward", "dtr_reward", "dtr_detection", "kl") if key in line]
     bar.set_postfix({key: f"{line[key]:.3f}" for key in shown}, refresh=False)
@@ -264,8 +273,8 @@ def cold_start(settings, device):
     run.say(f"no cold start in {settings.model}: making one first (sft.py)")
     if settings.size == "tiny" and device.type == "cpu":
         run.say("the whole run takes about 26 minutes on two cores: cold start 15, GRPO 9, evaluation 2")
-    made = sft.Settings(out=settings.model, size=settings.size, seed=settings.seed)
-    model, tokenizer, processor = run.new_model(made.size, made.seed)
+    made = sft.Settings(out=settings.model, size=settings.size, seed=settings.seed, attention=settings.attention)
+    model, tokenizer, processor = run.new_model(made.size, made.seed, made.attention)
     sft.train(made, model, tokenizer, processor, sft.sources_of(made, run.image_side(processor)), device)
 
 
@@ -285,7 +294,7 @@ def main():
         raise run.UserError("--steps and --minibatches need at least 1, --group_size at least 2")
     if not os.path.isfile(os.path.join(settings.model, "config.json")) and settings.model == "out/sft":
         cold_start(settings, device)
-    model, tokenizer, processor = run.load_model(settings.model)
+    model, tokenizer, processor = run.load_model(settings.model, settings.attention)
     blend = data.Blend(sources_of(settings, run.image_side(processor)), settings.seed)
     held_out = eval.held_out(settings.questions, run.image_side(processor)) if settings.questions else []
     asked = eval.Settings(max_new_tokens=settings.max_new_tokens)
