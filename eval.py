@@ -41,6 +41,7 @@ class Settings:
     temperature: float = setting(0.0, "0 is greedy (paper: 0.5 during training)")
     max_new_tokens: int = setting(160, "longest response (paper: 2048)")
     batch: int = setting(240, "prompts at once on a rank")
+    attention: str = setting("auto", "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed")
     compare: list = setting([], "JSON files of earlier evaluations: only print them side by side, and what changed")
     json: str = setting("", "file for the table and every response with its reward parts")
     show: str = setting("", "folder for one picture a question: regions, predicted and true centres, response")
@@ -334,7 +335,7 @@ def main():
             report.write(settings.report, named, rows, runs)
         return
     device = run.setup(settings.seed)
-    model, tokenizer, processor = run.load_model(settings.model)
+    model, tokenizer, processor = run.load_model(settings.model, settings.attention)
     rows = rows or held_out(settings.questions, run.image_side(processor))
     rows = data.on_paths(rows, settings.path)
     if not rows:

@@ -67,6 +67,7 @@ class Settings:
     train_vision: bool = setting(False, "also train the vision side (paper: frozen)")
     micro_tokens: int = setting(6144, "most tokens, with padding, of one training pass on a rank; bounds memory")
     checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); a third slower")
+    attention: str = setting("auto", "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed")
     questions: int = setting(1320, "held-out questions of the evaluation, each on both paths; 0: no evaluation")
     show_every: int = setting(10, "steps between printed responses")
     save_every: int = setting(20, "steps between checkpoints, and one at the end; 0: only when stopped by a signal")
@@ -142,11 +143,12 @@ def keep_group(group, settings):
 
 
 def micro_batches(groups, max_tokens):
-    """Groups sorted by length, cut where (prompt + G longest responses) x groups would exceed max_tokens."""
-    size = lambda g: len(g["sample"]["prompt"]) + len(g["mask"]) * g["mask"].sum(1).max().item()
+    """Groups sorted by length, cut where a pass would exceed max_tokens with its padding. A group is never split."""
+    prompt, response = lambda g: len(g["sample"]["prompt"]), lambda g: g["mask"].sum(1).max().item()
+    padded = lambda part: len(part) * (max(map(prompt, part)) + len(part[0]["mask"]) * max(map(response, part)))
     parts = []
-    for group in sorted(groups, key=size):
-        if not parts or (len(parts[-1]) + 1) * size(group) > max_tokens:
+    for group in sorted(groups, key=lambda g: padded([g])):
+        if not parts or padded(parts[-1] + [group]) > max_tokens:
             parts.append([])
         parts[-1].append(group)
     return parts
@@ -177,7 +179,7 @@ def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banne
         return None
     parts = micro_batches(groups, settings.micro_tokens)
     rounds = run.most(len(parts))                           # every rank runs as many passes, or the collectives hang
-    sums, rows = {}, []
+    sums, rows, worst = {}, [], 0.0
     for i in range(rounds):
         real = i < len(parts)
         batch = collate_groups(parts[i] if real else [filler], tokenizer, device)
@@ -196,8 +198,9 @@ def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banne
         (loss * real * run.world() / tokens).backward()     # FSDP averages over the ranks, hence their number
         if real:
             stats |= {"loss": loss.detach(), "entropy": entropy[mask.bool()].sum()}
+            worst = max(worst, (logprobs.detach() - old)[mask.bool()].abs().max().item())
             sums = {name: sums.get(name, 0.0) + value.item() for name, value in stats.items()}
-            rows += [(g["row"].get("id", g["row"]["source"]), stats["loss"].item()) for g in parts[i]]
+            rows += [(g["row"].get("id") or g["row"]["source"], stats["loss"].item()) for g in parts[i]]
     trained = [p for p in model.parameters() if p.requires_grad]
     norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip).full_tensor().item()
     names = ["loss", "ratio", "clipped", "mismatch", "entropy"] + ["kl"] * (reference is not None)
@@ -206,7 +209,8 @@ def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banne
     if sound:
         optimizer.step()
     optimizer.zero_grad()
-    return {**means, "grad_norm": norm, "tokens": tokens} if sound else None
+    means |= {"mismatch_max": run.most(worst), "grad_norm": norm, "tokens": tokens}
+    return means if sound else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,13 +283,18 @@ def report(step, seen, kept, model_steps, log, bar, settings):
             if count:
                 line[f"{path}_{key}"] = run.total(sum(values)) / count
     responses = run.total(sum(len(g["parts"]) for g in seen))
-    line["kept"] = run.total(len(kept)) / run.total(len(seen))
+    dropped = [g["rewards"].mean().item() for g in seen if not keep_group(g, settings)]
+    groups, low = run.total(len(seen)), run.total(sum(mean < 0.5 for mean in dropped))
+    line["rounds"], line["kept"] = len(seen) // (settings.prompts // run.world()), run.total(len(kept)) / groups
+    line["dropped_low"] = low / groups                      # no signal because too hard (mean reward below 0.5)
+    line["dropped_high"] = (run.total(len(dropped)) - low) / groups                          # .. because too easy
     line["cut"] = run.total(sum(g["cut"] for g in seen)) / responses
     line["length"] = run.total(sum(g["mask"].sum().item() for g in seen)) / responses
     for key in model_steps[0] if model_steps else []:
         line[key] = sum(s[key] for s in model_steps) / len(model_steps)
     if model_steps:
-        line["first_ratio"], line["first_mismatch"] = model_steps[0]["ratio"], model_steps[0]["mismatch"]
+        line["mismatch_max"] = max(s["mismatch_max"] for s in model_steps)
+        line |= {f"first_{key}": model_steps[0][key] for key in ("ratio", "mismatch", "mismatch_max")}
     log.write(step, line["length"] * responses, **line)
     shown = [key for key in ("lor_reward", "dtr_reward", "dtr_detection", "kl") if key in line]
     bar.set_postfix({key: f"{line[key]:.3f}" for key in shown}, refresh=False)
@@ -301,8 +310,9 @@ def cold_start(settings, device):
     run.say(f"no cold start in {settings.model}: making one first (sft.py)")
     if settings.size == "tiny" and device.type == "cpu":
         run.say("the whole run takes about 20 minutes on two cores: cold start 14, GRPO 5, evaluation 1")
-    made = sft.Settings(out=settings.model, size=settings.size, seed=settings.seed, resume=settings.resume)
-    model, tokenizer, processor = run.new_model(made.size, made.seed)
+    made = sft.Settings(out=settings.model, size=settings.size, seed=settings.seed, attention=settings.attention,
+                        resume=settings.resume)
+    model, tokenizer, processor = run.new_model(made.size, made.seed, made.attention)
     sft.train(made, model, tokenizer, processor, sft.sources_of(made, run.image_side(processor)), device)
 
 
@@ -324,7 +334,7 @@ def main():
         raise run.UserError("--lora trains adapters of the language model only; leave --train_vision out")
     if not os.path.isfile(os.path.join(settings.model, "config.json")) and settings.model == "out/sft":
         cold_start(settings, device)
-    model, tokenizer, processor = run.load_model(settings.model)
+    model, tokenizer, processor = run.load_model(settings.model, settings.attention)
     blend = data.Blend(sources_of(settings, run.image_side(processor)), settings.seed)
     held_out = eval.held_out(settings.questions, run.image_side(processor)) if settings.questions else []
     asked = eval.Settings(max_new_tokens=settings.max_new_tokens)

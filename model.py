@@ -127,9 +127,12 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, pixel_values=None,
                 image_grid_thw=None, mm_token_type_ids=None, points=None, regions=None, features=None, logits_to_keep=0,
                 **kwargs):
-        """The stock forward; with `points`, `regions` or the `features` of `encode_images`, the patched one."""
-        decoding = past_key_values is not None and past_key_values.get_seq_length() > 0
-        if decoding or (points is None and regions is None and features is None):
+        """The stock forward; with `points`, `regions` or the `features` of `encode_images`, the patched one.
+
+        features {}: no pictures, those of the prompt are in the cache. logits_to_keep: the last so many positions, or
+        a mask (B, L), 1 = wanted -> logits (wanted, V).
+        """
+        if points is None and regions is None and features is None:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                                    past_key_values=past_key_values, pixel_values=pixel_values,
                                    image_grid_thw=image_grid_thw, mm_token_type_ids=mm_token_type_ids,
@@ -138,14 +141,16 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
             features = self.encode_images(pixel_values, image_grid_thw, points, regions)
         if position_ids is None:
             position_ids, _ = self.positions(input_ids, attention_mask, mm_token_type_ids, image_grid_thw)
-        is_image = input_ids == self.config.image_token_id                                   # (B, L), 1 = image token
-        embeds = self.get_input_embeddings()(input_ids)                                      # (B, L, D)
-        embeds = fill(embeds, is_image, torch.cat(features["merged"]), "image tokens")
-        if features["regions"] is not None:
+        embeds, pictures = self.get_input_embeddings()(input_ids), {}                        # (B, L, D)
+        if features:
+            is_image = input_ids == self.config.image_token_id                               # (B, L), 1 = image token
+            embeds = fill(embeds, is_image, torch.cat(features["merged"]), "image tokens")
+            pictures = {"visual_pos_masks": is_image,
+                        "deepstack_visual_embeds": [torch.cat(level) for level in features["deepstack"]]}
+        if features and features["regions"] is not None:
             embeds = fill(embeds, input_ids == self.config.region_token_id, features["regions"], "<mask> tokens")
         out = self.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
-                                        past_key_values=past_key_values, visual_pos_masks=is_image,
-                                        deepstack_visual_embeds=[torch.cat(level) for level in features["deepstack"]])
+                                        past_key_values=past_key_values, **pictures)
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:] if isinstance(logits_to_keep, int)
                               else out.last_hidden_state[logits_to_keep])
         return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
@@ -234,11 +239,11 @@ class BranchKV(DynamicLayer):
 
     def __init__(self, prompt, group):
         super().__init__()
-        self.keys, self.values = (kv.repeat_interleave(group, 0) for kv in (prompt.keys, prompt.values))
-        self.is_initialized = True
+        self.keys, self.values, self.group, self.is_initialized = prompt.keys, prompt.values, group, True
 
-    def update(self, keys, values, *args, **kwargs):
-        return torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
+    def update(self, keys, values, *args, **kwargs):        # the wide copies are made here, a layer at a time
+        return tuple(torch.cat([prompt[:, None].expand(-1, self.group, -1, -1, -1).flatten(0, 1), new], 2)
+                     for prompt, new in ((self.keys, keys), (self.values, values)))
 
 
 class DecodeKV(DynamicLayer):
@@ -286,8 +291,11 @@ def forward_prompts(model, prompts, features):
 
 def allowed_logits(logits, banned, temperature):
     """float32 logits / temperature, `banned` token ids at -inf: the one distribution that is sampled *and* scored."""
-    logits = logits.float() if logits.dtype != torch.float64 else logits
-    return (logits / temperature).index_fill(-1, banned, -math.inf)
+    return (logits.to(float_of(logits)) / temperature).index_fill_(-1, banned, -math.inf)
+
+
+def float_of(logits):
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 @torch.no_grad()
@@ -308,47 +316,84 @@ def rollout(model, prompts, group, max_new_tokens, stop_ids, banned, temperature
     alive = torch.ones_like(rows, dtype=torch.bool)
     tokens = seen.new_zeros(len(seen), max_new_tokens)
     mask, logprobs = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=seen.device)
+    padded = not seen.all()                                 # without padding no mask: attention takes its fast path
     seen = nn.functional.pad(seen, (0, max_new_tokens), value=1)
     for t in range(max_new_tokens):
-        logits = allowed_logits(logits, banned, temperature or 1.0)
+        scores = allowed_logits(logits, banned, temperature or 1.0).log_softmax(-1)          # (rows, V)
         if temperature == 0:
-            new = logits.argmax(-1)
+            new = scores.argmax(-1)
         else:
-            new = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-        logprob = logits.gather(1, new[:, None])[:, 0] - logits.logsumexp(1)
-        tokens[rows[alive], t], mask[rows[alive], t], logprobs[rows[alive], t] = new[alive], 1, logprob[alive].float()
+            mass = scores.double().exp().cumsum(-1)         # torch.multinomial takes ten times as long
+            point = torch.rand(len(mass), 1, dtype=mass.dtype, device=mass.device, generator=generator) * mass[:, -1:]
+            new = torch.searchsorted(mass, point, right=True)[:, 0]
+        picked = scores.gather(1, new[:, None])[:, 0].float()
+        tokens[rows, t], mask[rows, t], logprobs[rows, t] = new * alive, alive.long(), picked * alive
         alive = alive & ~torch.isin(new, stop_ids)
-        if t + 1 == max_new_tokens or not alive.any():
+        left = int(alive.sum())
+        if t + 1 == max_new_tokens or not left:
             break
-        if alive.float().mean() < 0.8:                      # finished rows cost as much as others; dropping copies
+        if left < 0.8 * len(rows):                          # finished rows cost as much as others; dropping copies
             for layer in cache.layers:
                 layer.keep_rows(alive)
             rows, new, position, seen, alive = (x[alive] for x in (rows, new, position, seen, alive))
-        past = seen[:, :cache.get_seq_length() + 1]
-        out = model(new[:, None], past, position.expand(3, -1, -1), past_key_values=cache)
+        past = seen[:, :cache.get_seq_length() + 1] if padded else None
+        out = model(new[:, None], past, position.expand(3, -1, -1), past_key_values=cache, features={})
         logits, position = out.logits[:, -1], position + 1
     length = int(mask.sum(1).max())
     return tokens[:, :length], mask[:, :length], logprobs[:, :length], features
+
+
+class TokenScores(torch.autograd.Function):
+    """logits (N, V), tokens (N,) -> log-probabilities and entropies (N,), in float32, a slice of rows at a time.
+
+    The gradient is written over the logits: no second tensor of that size, the biggest of the step, is ever made.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens, banned, temperature):
+        logprobs, norm, entropy = torch.empty(3, len(tokens), device=logits.device, dtype=float_of(logits)).unbind()
+        for part in slices(logits):
+            scores = allowed_logits(logits[part], banned, temperature)
+            norm[part] = scores.logsumexp(-1)
+            logprobs[part] = scores.gather(1, tokens[part, None])[:, 0] - norm[part]
+            mean = ((scores - norm[part, None]).exp() * scores.clamp_min(torch.finfo(scores.dtype).min)).sum(-1)
+            entropy[part] = norm[part] - mean               # 0 x -inf would be NaN, hence the clamp
+        ctx.save_for_backward(logits, tokens, banned, norm)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, slope, _):
+        logits, tokens, banned, norm = ctx.saved_tensors
+        for part in slices(logits):                         # d log p(token) / d logit = (1 if token) - p
+            scores = allowed_logits(logits[part], banned, ctx.temperature)
+            scores = scores.sub_(norm[part, None]).exp_().mul_(-slope[part, None])
+            logits[part] = scores.scatter_add_(1, tokens[part, None], slope[part, None]).div_(ctx.temperature)
+        return logits, None, None, None
+
+
+def slices(logits):
+    """Rows of logits (N, V) in parts of 32 MB of float32."""
+    size = max(1, 2**23 // logits.shape[1])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
 def token_logprobs(model, prompts, features, tokens, mask, banned, temperature=1.0):
     """Log-probabilities (B*G, T) of sampled tokens and the entropy (B*G, T) of their distributions, with gradient.
 
     The prompt is computed once, its keys and values branch to the G responses. Same distribution as in `rollout`.
+    0 where mask is 0.
     """
     group = len(tokens) // len(prompts["input_ids"])
     layers, first, position = forward_prompts(model, prompts, features)
-    cache = Cache(layers=[BranchKV(layer, group) for layer in layers])
-    seen = torch.cat([prompts["attention_mask"].repeat_interleave(group, 0), mask[:, :-1]], 1)
-    steps = torch.arange(tokens.shape[1] - 1, device=tokens.device)
-    position = position.repeat_interleave(group, 0) + steps                                  # (B*G, T - 1)
-    logits = first.repeat_interleave(group, 0)
-    if tokens.shape[1] > 1:
-        rest = model(tokens[:, :-1], seen, position.expand(3, -1, -1), past_key_values=cache).logits
-        logits = torch.cat([logits, rest], 1)               # (B*G, T, V), the biggest tensor of the step
-    logits = allowed_logits(logits, banned, temperature)
-    norm = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, tokens[..., None])[..., 0] - norm
-    with torch.no_grad():
-        entropy = norm - ((logits - norm[..., None]).exp() * logits.masked_fill(logits.isinf(), 0)).sum(-1)
-    return logprobs, entropy
+    scores = TokenScores.apply(first[:, -1].repeat_interleave(group, 0), tokens[:, 0], banned, temperature)
+    steps = max(1, tokens.shape[1] - 1)                     # never no pass: ranks must run as many, or they hang
+    here = nn.functional.pad(mask, (0, 1))[:, 1:steps + 1].bool()                            # (B*G, steps), 1 = wanted
+    seen = torch.cat([prompts["attention_mask"].repeat_interleave(group, 0), mask[:, :steps]], 1)
+    position = position.repeat_interleave(group, 0) + torch.arange(steps, device=tokens.device)
+    logits = model(tokens[:, :steps], seen, position.expand(3, -1, -1), features={}, logits_to_keep=here,
+                   past_key_values=Cache(layers=[BranchKV(layer, group) for layer in layers])).logits
+    rest = TokenScores.apply(logits, tokens[:, 1:][here[:, :tokens.shape[1] - 1]], banned, temperature)
+    spread = (one.new_zeros(here.shape).masked_scatter(here, one) for one in rest)           # back to (B*G, steps)
+    return tuple(torch.cat([one[:, None], more], 1)[:, :tokens.shape[1]] for one, more in zip(scores, spread))

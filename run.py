@@ -46,7 +46,8 @@ def parse(settings, description, argv=None):
         kind = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else \
             {"nargs": "+", "metavar": "X"} if isinstance(default, list) else \
             {"type": type(default) if default is not None else str, "metavar": "X"}
-        parser.add_argument(f"--{field.name}", default=default, help=f"{reason} [default: {default}]", **kind)
+        names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+        parser.add_argument(*names, default=default, help=f"{reason} [default: {default}]", **kind)
     return settings(**vars(parser.parse_args(argv)))
 
 
@@ -213,7 +214,22 @@ def plan_of(size):
     return SIZES[size]
 
 
-def new_model(size, seed):
+def use_attention(model, name):
+    """--attention: flash (flash-attn on CUDA, compute capability 8 or more), sdpa (torch's), auto (flash if it can)."""
+    try:
+        from flash_attn import flash_attn_func              # flash-attn-4 has the package, but not this function
+        flash = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    except ImportError:
+        flash = False
+    if name not in ("auto", "sdpa", "flash") or (name == "flash" and not flash):
+        raise UserError(f"--attention {name}: needs auto, sdpa, or flash with flash-attn and an Ampere or later GPU")
+    flash = flash and name != "sdpa"
+    model.set_attn_implementation("flash_attention_2" if flash else "sdpa")
+    say(f"attention: {'flash-attn' if flash else 'SDPA'}")
+    return model
+
+
+def new_model(size, seed, attention="auto"):
     """The embedded default: a small Qwen3-VL from a config, with a tokenizer trained on the embedded world's texts."""
     plan, scenes = plan_of(size), [data.cached_scene(s, 96) for s in range(150)]
     rows = [r for i, scene in enumerate(scenes) for r in questions.questions(scene, i) + questions.grounding(scene, i)]
@@ -243,7 +259,8 @@ def new_model(size, seed):
     torch.nn.init.normal_(model.point_embed.fc2.weight, std=0.1)                             # no stock model to protect
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer, data.tiny_image_processor(plan["image"], plan["patch"], plan["merge"])
+    processor = data.tiny_image_processor(plan["image"], plan["patch"], plan["merge"])
+    return use_attention(model, attention), tokenizer, processor
 
 
 def image_side(processor):
@@ -251,7 +268,7 @@ def image_side(processor):
     return min(224, round(processor.size["longest_edge"] ** 0.5))
 
 
-def load_model(name):
+def load_model(name, attention="auto"):
     """A folder of this project or a stock Qwen3-VL (hub name or folder) -> model (float32), tokenizer, processor."""
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
         raise UserError(f"--model {name}: no config.json there; give a folder of sft.py or grpo.py, or a Qwen3-VL")
@@ -270,7 +287,7 @@ def load_model(name):
     missing = [key for key in loaded["missing_keys"] if not key.startswith(("point_embed", "region_proj"))]
     if missing:
         raise UserError(f"--model {name}: the weights lack {len(missing)} tensors, first {missing[0]}; file cut off?")
-    return model, tokenizer, processor
+    return use_attention(model, attention), tokenizer, processor
 
 
 def whole_weights(model):

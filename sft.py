@@ -48,6 +48,7 @@ class Settings:
     beta2: float = setting(0.98, "of AdamW; short runs forget gradients sooner (paper: 0.999)")
     clip: float = setting(1.0, "largest gradient norm (paper: 1.0)")
     checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); a third slower")
+    attention: str = setting("auto", "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed")
     workers: int = setting(0, "loader processes a rank")
     save_every: int = setting(100, "steps between checkpoints, and one at the end; 0: only when stopped by a signal")
     keep: int = setting(2, "checkpoints to keep, the newest ones")
@@ -161,7 +162,8 @@ def sources_of(settings, size):
 def main():
     settings = run.parse(Settings, __doc__)
     device = run.setup(settings.seed)
-    made = run.load_model(settings.model) if settings.model else run.new_model(settings.size, settings.seed)
+    made = run.load_model(settings.model, settings.attention) if settings.model else \
+        run.new_model(settings.size, settings.seed, settings.attention)
     model, tokenizer, processor = made
     train(settings, model, tokenizer, processor, sources_of(settings, run.image_side(processor)), device)
 

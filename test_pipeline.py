@@ -13,9 +13,11 @@ import shutil
 import statistics
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 import eval
 import grpo
@@ -101,7 +103,8 @@ def command_line(monkeypatch, capsys, program, words, processes=1):
     ("sft --steps 0", 1), ("grpo --steps 0", 1), ("grpo --group_size 1", 1), ("sft --batch 3", 2),
     ("grpo --prompts 3", 2),
     ("sft --size huge", 1), ("grpo --size huge", 1), ("eval --path up", 1), ("eval --compare nothing.json", 1),
-    ("sft --data nothing.json", 1), ("sft --model no/such/folder", 1), ("grpo --model no/such/folder", 1),
+    ("sft --attention fast", 1), ("sft --attention flash", 1), ("sft --data nothing.json", 1),
+    ("sft --model no/such/folder", 1), ("grpo --model no/such/folder", 1),
     ("eval --model no/such/folder", 1), ("eval --model EMPTY", 1), ("sft --out FILE/out", 1)])
 def test_a_mistake_is_one_line_and_exit_code_2(line, processes, monkeypatch, capsys, tmp_path):
     (tmp_path / "file").touch()
@@ -120,6 +123,21 @@ def test_a_damaged_model_is_one_line_and_exit_code_2(harm, trained, monkeypatch,
     weights.write_bytes(weights.read_bytes()[:10000]) if harm == "cut off" else weights.unlink()
     code, lines = command_line(monkeypatch, capsys, eval, ["--model", tmp_path / "sft"])
     assert code == 2 and len(lines) == 1 and str(tmp_path / "sft") in lines[0]
+
+
+@pytest.mark.parametrize("has_function, capability, expected", [
+    (True, (8, 0), "flash_attention_2"), (True, (7, 5), "sdpa"), (False, (9, 0), "sdpa")])
+def test_flash_attention_is_taken_where_it_is_whole_and_the_card_can(has_function, capability, expected, monkeypatch):
+    package, chosen = types.ModuleType("flash_attn"), []    # flash-attn-4 has the package without the function
+    if has_function:
+        package.flash_attn_func = print
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    model = types.SimpleNamespace(set_attn_implementation=chosen.append)
+    for name in ("auto", "sdpa"):
+        run.use_attention(model, name)
+    assert chosen == [expected, "sdpa"]
 
 
 def test_unknown_flags_are_an_error(monkeypatch, capsys):

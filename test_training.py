@@ -15,8 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from test_model import NEVER, ROWS, gradients, make_model, make_processor, make_tokenizer, one_by_one, whole
+from test_model import (NEVER, ROWS, gradients, make_model, make_processor, make_row, make_tokenizer, one_by_one,
+                        responses, whole)
 
+import bench
 import data
 import eval
 import grpo
@@ -255,6 +257,43 @@ def test_T3_T29_any_micro_batching_gives_the_plain_gradient(vision, checkpointin
         assert_same_step(step, plain[vision], number_of_parameters(tokenizer, vision))
 
 
+@pytest.mark.parametrize("micro", [1, 0])
+def test_T3_the_naive_loop_of_the_bench_gives_the_same_loss_and_gradients(micro, tokenizer):
+    rows = [make_row(1, (48, 64), 0, depth=False), make_row(2, (48, 48), 0, " it, red or blue", depth=False)]
+    samples = [data.encode(row, tokenizer, make_processor(), train=False) for row in rows]
+    tokens, mask, noise = responses(tokenizer, 0, 2 * GROUP, 9)
+    model, reference = freeze(make_model(tokenizer), BASE), make_reference(tokenizer)
+    prompts, banned, rewards = data.collate(samples, tokenizer), rules(tokenizer)[1], torch.rand(2, GROUP)
+    with torch.no_grad():
+        features = model.encode_images(*(prompts[k] for k in ("pixel_values", "image_grid_thw", "points", "regions")))
+        old = 0.3 * noise + bench.naive_logprobs(model, prompts, tokens, mask, torch.arange(2 * GROUP), banned)
+    loss = bench.naive_backward(model, reference, prompts, tokens, mask, old, rewards, banned, BASE.kl, micro)
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    groups = bench.make_groups(samples, features, rewards, tokens=tokens, mask=mask, old=old)
+    step = take_step(tokenizer, groups, groups[0], dataclasses.replace(BASE, temperature=1.0))
+    assert 0.01 < step[0]["clipped"] < 0.9 and step[0]["kl"] > 0.01
+    assert_same_step(step, (loss, mask.sum(), wanted), number_of_parameters(tokenizer, False))
+
+
+def test_micro_batches_bound_the_padded_size():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda: int(torch.randint(1, 200, (), generator=generator))
+
+    def group(prompt, longest):
+        lengths = torch.tensor([longest] + [1] * (GROUP - 1))
+        return {"sample": {"prompt": [0] * prompt}, "mask": (torch.arange(200) < lengths[:, None]).long()}
+
+    odd = [group(190, 1), group(10, 46)]                    # alike in size, but padded to each other twice as large
+    for groups in (odd, [group(draw(), draw()) for _ in range(50)]):
+        for budget in (400, 1500, 10**5):
+            parts = grpo.micro_batches(groups, budget)
+            assert sorted(map(id, groups)) == sorted(id(g) for part in parts for g in part)
+            for part in parts:
+                longest = max(int(g["mask"].sum(1).max()) for g in part)
+                prompts = len(part) * max(len(g["sample"]["prompt"]) for g in part)
+                assert len(part) == 1 or prompts + len(part) * GROUP * longest <= budget
+
+
 def test_T18_the_first_inner_step_has_ratio_one_and_no_divergence(tokenizer):
     model, reference, the_rules = *(run.shard(make_model(tokenizer), CPU) for _ in range(2)), rules(tokenizer)
     with run.gathered(model):
@@ -264,6 +303,7 @@ def test_T18_the_first_inner_step_has_ratio_one_and_no_divergence(tokenizer):
     step = (groups, groups[0], tokenizer, the_rules[1], BASE, CPU)
     stats = grpo.optimizer_step(model, reference, Capture(model), *step)
     assert abs(stats["ratio"] - 1) < 1e-6 and stats["clipped"] == 0 and stats["mismatch"] < 1e-6
+    assert stats["mismatch"] <= stats["mismatch_max"] < 1e-5
     assert stats["kl"] < 1e-12 and stats["grad_norm"] > 1e-3
 
 
@@ -275,6 +315,39 @@ def test_T17_a_batch_where_all_responses_are_cut_off_is_trained_as_it_is(tokeniz
     groups[0]["rewards"] = torch.tensor([1.0, 0, 0, 0])
     stats, slopes = take_step(tokenizer, groups, groups[0], BASE)
     assert stats["tokens"] == 4 * GROUP * BASE.max_new_tokens and all(g.isfinite().all() for g in slopes.values())
+
+
+def test_the_log_has_the_largest_distance_to_the_sampler(tokenizer, groups, tmp_path):
+    moved = [{**group, "old": group["old"].clone()} for group in groups]
+    gaps = []
+    for group in moved:
+        here = group["mask"].bool()
+        fresh = one_by_one(make_model(tokenizer), group["sample"], group["tokens"][0, :here[0].sum()], tokenizer,
+                           rules(tokenizer)[1], BASE.temperature)[0].detach()
+        group["old"][0, :len(fresh)] = fresh
+        group["mask"] = group["mask"] * (torch.arange(GROUP) == 0).long()[:, None]           # the first response alone
+        gaps.append(len(fresh))
+    moved[2]["old"][0, 0] += 0.75                           # one token of one group
+    stats, _ = take_step(tokenizer, moved, groups[0], dataclasses.replace(BASE, micro_tokens=1))
+    assert stats["mismatch_max"] == pytest.approx(0.75, abs=1e-5)
+    assert stats["mismatch"] == pytest.approx(0.75 / sum(gaps), abs=1e-5)
+
+
+@pytest.mark.parametrize("reward, rule", [(1.0, "spread"), (0.0, "spread"), (0.1, "mean")])
+def test_T22_steps_without_a_group_that_differs_end_and_say_why(reward, rule, tokenizer, tmp_path, monkeypatch):
+    sample_groups = grpo.sample_groups
+
+    def constant(*words):
+        return [{**group, "rewards": torch.full((GROUP,), reward)} for group in sample_groups(*words)]
+
+    monkeypatch.setattr(grpo, "sample_groups", constant)
+    settings = dataclasses.replace(BASE, out=str(tmp_path), steps=2, prompts=1, minibatches=2, filter=rule, rounds=3)
+    model = grpo.train(settings, make_model(tokenizer), tokenizer, make_processor(), Same(), CPU)
+    before = dict(make_model(tokenizer).named_parameters())
+    assert all(torch.equal(whole(p.detach()), before[name]) for name, p in model.named_parameters())
+    for line in map(json.loads, open(tmp_path / "metrics.jsonl")):
+        assert line["kept"] == 0 and line["rounds"] == 3 and "loss" not in line
+        assert (line["dropped_high"], line["dropped_low"]) == ((1, 0) if reward == 1 else (0, 1))
 
 
 def test_a_step_without_any_group_changes_nothing_and_a_non_finite_gradient_is_skipped(tokenizer, groups):
@@ -410,3 +483,6 @@ def test_T24_ranks_sample_differently_and_T22_T28_train_together_on_unequal_grou
     lines = [json.loads(line) for line in open(two[0] / "out" / "metrics.jsonl")]
     assert len(lines) == 2 and all(math.isfinite(line["loss"]) for line in lines)
     assert all(line["kept"] == 2 / 8 for line in lines)     # of four prompts in each of two rounds
+    assert all((line["rounds"], line["dropped_low"], line["dropped_high"]) == (2, 4 / 8, 0) for line in lines)
+    assert all(line["first_ratio"] == pytest.approx(1, abs=1e-6) for line in lines)
+    assert all(line["first_mismatch"] <= line["first_mismatch_max"] < 1e-5 for line in lines)
