@@ -208,7 +208,8 @@ def naive_logprobs(model, prompts, tokens, mask, rows, banned):
                    image_grid_thw=prompts["image_grid_thw"][which], use_cache=False).logits  # (rows, L + T, V)
     logits = logits[:, prompts["input_ids"].shape[1] - 1:-1]
     logits = logits.float() if logits.dtype != torch.float64 else logits
-    return logits.index_fill(-1, banned, -torch.inf).log_softmax(-1).gather(-1, tokens[rows][..., None])[..., 0]
+    logprobs = logits.index_fill(-1, banned, -torch.inf).log_softmax(-1).gather(-1, tokens[rows][..., None])[..., 0]
+    return logprobs.masked_fill(mask[rows] == 0, 0)         # -inf where padding is a banned token
 
 
 def naive_backward(model, reference, prompts, tokens, mask, old, rewards, banned, kl, micro):
@@ -305,15 +306,16 @@ def turn(settings):
 def machine_rates(device, clock):
     """The machine's best: FLOP/s of a matrix product, bytes/s that a copy reads."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    matrix, block = torch.randn(size, size, device=device, dtype=dtype), torch.ones(2**28, device=device).byte()
+    matrix, block = torch.randn(size, size, device=device, dtype=dtype), torch.ones(2**26, device=device)
+    other = block.clone()
     best = [float("inf")] * 2
-    for i, work in [(0, lambda: matrix @ matrix), (1, block.clone)] * 5:
+    for i, work in [(0, lambda: matrix @ matrix), (1, lambda: other.copy_(block))] * 5:
         start = clock()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
         best[i] = min(best[i], clock() - start)
-    return 2 * size**3 / best[0], len(block) / best[1]
+    return 2 * size**3 / best[0], 4 * len(block) / best[1]
 
 
 def least_seconds(settings, rates, size):

@@ -323,7 +323,7 @@ def rollout(model, prompts, group, max_new_tokens, stop_ids, banned, temperature
         if temperature == 0:
             new = scores.argmax(-1)
         else:
-            mass = scores.double().exp().cumsum(-1)         # torch.multinomial takes ten times as long
+            mass = scores.double().exp().cumsum(-1)         # a sixth of the time of torch.multinomial on a CPU
             point = torch.rand(len(mass), 1, dtype=mass.dtype, device=mass.device, generator=generator) * mass[:, -1:]
             new = torch.searchsorted(mass, point, right=True)[:, 0]
         picked = scores.gather(1, new[:, None])[:, 0].float()

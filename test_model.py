@@ -161,6 +161,17 @@ def greedy(model, sample, tokenizer, banned, steps):
 # the stock model
 
 
+def test_T18_a_checkpoint_that_trained_with_dropout_is_scored_without(tmp_path):
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer, region_token_id=tokenizer.convert_tokens_to_ids(data.REGION))
+    config.text_config.attention_dropout = 0.5
+    for part in (randomize(RegionVLM(config), 0), tokenizer, make_processor()):
+        part.save_pretrained(tmp_path)
+    model, ids = run.load_model(str(tmp_path))[0], torch.arange(20, 40)[None]
+    with torch.no_grad():
+        assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+
+
 def test_T32_a_stock_checkpoint_loads_as_the_stock_model(tmp_path):
     tokenizer = make_tokenizer([token for token in data.SPECIAL if token != data.REGION])    # stock: has no <mask>
     stock = randomize(Qwen3VLForConditionalGeneration(make_config(tokenizer)), 0).eval()
@@ -472,6 +483,43 @@ def test_T29_shared_prefix_equals_one_full_forward_a_response(dtype, tolerance, 
             for name in wanted:
                 error = (got[name] - wanted[name]).norm() / wanted[name].norm()
                 assert error < 10 * tolerance, (name, checkpointing, float(error))
+
+
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_T28_scoring_runs_as_many_passes_for_responses_of_one_token(length, tokenizer, samples, banned):
+    model, calls = make_model(tokenizer), []
+    model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
+    tokens, mask, _ = responses(tokenizer, 0, len(samples), length)
+    logprobs, entropy = token_logprobs(model, data.collate(samples, tokenizer), None, tokens, mask, banned)
+    assert len(calls) == 2 and logprobs.shape == entropy.shape == tokens.shape               # else ranks wait for ever
+    (logprobs * mask).sum().backward()
+    for n, sample in enumerate(samples):
+        expected, _ = one_by_one(model, sample, tokens[n, :mask[n].sum()], tokenizer, banned)
+        torch.testing.assert_close(logprobs[n][mask[n].bool()], expected, rtol=0, atol=1e-9)
+    assert not logprobs[mask == 0].any() and not entropy[mask == 0].any()
+
+
+def test_scoring_holds_one_tensor_as_wide_as_the_vocabulary(tokenizer, samples, banned):
+    model = make_model(tokenizer, 0, torch.float32)
+    tokens, mask, _ = responses(tokenizer, 0, 2 * len(samples), 9)
+    weight, width, largest = model.lm_head.weight, model.config.text_config.vocab_size, {}
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            wide = isinstance(out, torch.Tensor) and out.shape[-1:] == (width,) and out.shape[0] != weight.shape[1]
+            if wide and out.numel() > len(mask) * 2 * width:
+                largest[out.untyped_storage().data_ptr()] = out.shape
+            return out
+
+    model_file.slices, slices = lambda logits: [slice(i, i + 8) for i in range(0, len(logits), 8)], model_file.slices
+    try:
+        with Watch():
+            logprobs, _ = token_logprobs(model, data.collate(samples, tokenizer), None, tokens, mask, banned)
+            logprobs.sum().backward()
+    finally:
+        model_file.slices = slices
+    assert list(largest.values()) == [(int(mask[:, 1:].sum()), width)]                       # logits, then their gradient
 
 
 def test_T26_entropy_of_uniform_logits_is_the_log_of_the_number_of_allowed_tokens(tokenizer, samples, banned):
