@@ -238,11 +238,11 @@ class World:
 def perception_stages(scenes, first, size):
     """Short questions without reasoning, in place of a stock VLM's pretraining, easy before hard: what a region token
     holds; what the picture shows, and in its marks; where things are, and how to compute with that. 3D centres are the
-    depth sensor's own. [(share of the steps, sources), ..]"""
-    stages = [(0.2, [("region_qa", 1)]), (0.3, [("region_qa", 1), ("listing", 3), ("mark_qa", 3)]),
-              (0.5, [("region_qa", 1), ("listing", 3), ("mark_qa", 4), ("center", 5), ("ground2d", 1), ("derive", 8)])]
-    return [(share, [(task, World("grounding", [task], first, scenes, per, size, sensor=True), 1.0)
-                     for task, per in parts]) for share, parts in stages]
+    depth sensor's own. [(share of the steps that are done at its end, sources), ..]"""
+    stages = [(0.2, [("region_qa", 1)]), (0.5, [("region_qa", 1), ("listing", 3), ("mark_qa", 3)]),
+              (1.0, [("region_qa", 1), ("listing", 3), ("mark_qa", 4), ("center", 5), ("ground2d", 1), ("derive", 8)])]
+    return [(end, [(task, World("grounding", [task], first, scenes, per, size, sensor=True), 1.0)
+                   for task, per in parts]) for end, parts in stages]
 
 
 def cold_start_blend(traces, scenes, first, size):

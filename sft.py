@@ -144,9 +144,9 @@ def train(settings, model, tokenizer, processor, sources, device):
     keeper = checkpoint.Keeper(settings, model, tokenizer, processor)
     if not settings.model and settings.pretrain:
         stages = data.perception_stages(settings.world_scenes, settings.seed * 10**6, run.image_side(processor))
-        for i, (share, perception) in enumerate(stages, 1):
-            steps, title = max(1, round(share * settings.pretrain)), f"pretraining {i} of {len(stages)}"
-            fit(settings, model, tokenizer, processor, perception, steps, device, keeper, title)
+        for i, (end, perception) in enumerate(stages):
+            steps = round(end * settings.pretrain) - round((stages[i - 1][0] if i else 0) * settings.pretrain)
+            fit(settings, model, tokenizer, processor, perception, steps, device, keeper, f"pretraining {i + 1}")
     fit(settings, model, tokenizer, processor, sources, settings.steps, device, keeper, "cold start")
     keeper.close()
     run.save_model(model, tokenizer, processor, settings.out)

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"                          # a folder that is m
 
 import json
 import math
+import re
 import shutil
 import statistics
 import subprocess
@@ -138,6 +139,25 @@ def test_flash_attention_is_taken_where_it_is_whole_and_the_card_can(has_functio
     for name in ("auto", "sdpa"):
         run.use_attention(model, name)
     assert chosen == [expected, "sdpa"]
+
+
+def test_the_readme_names_what_exists():
+    readme = (HERE / "README.md").read_text()
+    table = readme.split("## Paper -> code")[1].split("##")[0]
+    named = re.findall(r"`(\w+\.py)` ((?:`\w+`(?:, )?)+)", table)
+    assert len(named) > 10
+    for file, names in named:
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(def|class) {name}\b", (HERE / file).read_text(), re.M), f"{file} has no {name}"
+    tests = re.findall(r"`(test_T\w+)`", readme)
+    source = "".join(file.read_text() for file in HERE.glob("test_*.py"))
+    assert len(tests) > 10 and all(f"def {name}(" in source for name in tests)
+    tree = readme.split("## Files")[1].split("\n## ")[0]
+    assert set(re.findall(r"\b(\w+\.py)\b", tree)) == {f.name for f in HERE.glob("*.py") if f.name[:5] != "test_"}
+    for name, flags in re.findall(r"^(?:python|torchrun.*?) (\w+)\.py((?: --.*)?)", readme, re.M):
+        if name in PROGRAMS:
+            known = vars(PROGRAMS[name].Settings())
+            assert all(flag in known for flag in re.findall(r"--(\w+)", flags)), (name, flags)
 
 
 def test_unknown_flags_are_an_error(monkeypatch, capsys):
