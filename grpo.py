@@ -349,10 +349,13 @@ def main():
     if held_out:
         after = eval.answer(model, tokenizer, processor, held_out, device, asked, "after GRPO")
         eval.write_json(os.path.join(settings.out, "eval.json"), after)
-        eval.show_table(("cold start", eval.make_table(before)), ("GRPO", eval.make_table(after)))
-        eval.show_paths("cold start", before)
-        eval.show_paths("GRPO", after)
+        named = [(title, eval.make_table(results), results) for title, results in (("cold start", before),
+                                                                                   ("GRPO", after))]
+        eval.show_table(*(part[:2] for part in named))
+        for title, _, results in named:
+            eval.show_paths(title, results)
         eval.show_changes("GRPO against the cold start", before, after)
+        eval.report.write(os.path.join(settings.out, "report.html"), named, held_out, [settings.model, settings.out])
 
 
 if __name__ == "__main__":

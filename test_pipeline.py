@@ -61,6 +61,7 @@ def test_the_programs_leave_the_files_that_they_announce(trained):
     assert {"step", "dtr_reward", "lor_reward", "loss", "kl", "grad_norm", "entropy", "kept", "cut"} <= set(line)
     assert all(math.isfinite(value) for value in line.values()) and line["first_ratio"] == pytest.approx(1, abs=1e-4)
     assert not list(trained.rglob("*.partial")) and len(list((trained / "show").glob("*.png"))) == 22
+    assert "cold start" in (trained / "grpo" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("name", ["grpo/eval_cold_start.json", "grpo/eval.json", "again.json"])
