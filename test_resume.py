@@ -4,6 +4,7 @@ not finite, full disks, ranks that stall; adapters; the memory plan. A run is a 
     python -m pytest -q test_resume.py                                 # two minutes on one core
 """
 import dataclasses
+import gc
 import glob
 import json
 import math
@@ -77,9 +78,19 @@ def start(program, tokenizer, out, more):
     return module.train(settings, *parts, Endless() if program == "grpo" else data.cold_start_blend(), CPU)
 
 
+def fork():
+    """os.fork. A process group that another test has left, collected in the child, would wait for threads that only the
+    parent has: what is garbage goes before, the rest stays."""
+    gc.collect()
+    pid = os.fork()
+    if pid == 0:
+        gc.freeze()
+    return pid
+
+
 def launch(program, tokenizer, out, before=lambda: None, rank=0, world=1, **more):
     """Start a run in a process of its own, its output in OUT.log. -> process id"""
-    pid = os.fork()
+    pid = fork()
     if pid:
         return pid
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | (os.O_APPEND if rank else os.O_TRUNC))
@@ -534,7 +545,7 @@ def test_LoRA_kl_is_that_of_a_separate_copy(tokenizer, tmp_path):
 def peak_of(function):
     """Most memory that a forked process takes while it runs the function, above what it has at the start. -> bytes"""
     reading, writing = os.pipe()
-    pid = os.fork()
+    pid = fork()
     if pid == 0:
         try:
             run.setup(0)
