@@ -239,8 +239,10 @@ def perception_stages(scenes, first, size):
     """Short questions without reasoning, in place of a stock VLM's pretraining, easy before hard: what a region token
     holds; what the picture shows, and in its marks; where things are, and how to compute with that. 3D centres are the
     depth sensor's own. [(share of the steps that are done at its end, sources), ..]"""
-    stages = [(0.2, [("region_qa", 1)]), (0.5, [("region_qa", 1), ("listing", 3), ("mark_qa", 3)]),
-              (1.0, [("region_qa", 1), ("listing", 3), ("mark_qa", 4), ("center", 5), ("ground2d", 1), ("derive", 8)])]
+    stages = [(0.2, [("region_qa", 1), ("lookup", 1)]),
+              (0.5, [("region_qa", 1), ("listing", 3), ("mark_qa", 3), ("lookup", 2)]),
+              (1.0, [("region_qa", 1), ("listing", 3), ("mark_qa", 4), ("center", 5), ("ground2d", 1), ("derive", 8),
+                     ("lookup", 2)])]
     return [(end, [(task, World("grounding", [task], first, scenes, per, size, sensor=True), 1.0)
                    for task, per in parts]) for end, parts in stages]
 
@@ -250,10 +252,10 @@ def cold_start_blend(traces, scenes, first, size):
     are few (`traces`); grounding and VQA, which need no reasoning, come from all `scenes`."""
     region, general = questions.REGION, questions.GENERAL
     parts = [("lor_region", "lor", region, 6), ("lor_general", "lor", general, 5), ("dtr_region", "dtr", region, 8),
-             ("dtr_general", "dtr", general, 1)]
+             ("dtr_general", "dtr", general, 2)]
     parts += [(task, "grounding", [task], per) for task, per in (
         ("center", 2), ("box3d", 1), ("ground2d", 1), ("region_qa", 2), ("mark_qa", 3), ("listing", 5), ("vqa", 1),
-        ("derive", 4))]
+        ("derive", 4), ("lookup", 1))]
     blend = []
     for name, kind, tasks, per in parts:
         count = scenes if kind == "grounding" else traces
@@ -262,9 +264,10 @@ def cold_start_blend(traces, scenes, first, size):
 
 
 def rl_blend(count, first, size):
-    """Fresh questions with exact answers for GRPO, none twice; DTR is asked about regions, as in the paper's data."""
+    """Fresh questions with exact answers for GRPO, none twice."""
     region, general = questions.REGION, questions.GENERAL
-    parts = [("lor_region", "lor", region, 3), ("lor_general", "lor", general, 2), ("dtr_region", "dtr", region, 5)]
+    parts = [("lor_region", "lor", region, 3), ("lor_general", "lor", general, 2), ("dtr_region", "dtr", region, 4),
+             ("dtr_general", "dtr", general, 1)]
     return [(name, World(kind, tasks, first + 10**6 * i, count * share, 1, size), 1.0)
             for i, (name, kind, tasks, share) in enumerate(parts)]
 

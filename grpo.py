@@ -9,7 +9,7 @@
     ratio of a token                         w = exp(log p - log p_old)
     clipped objective                        J = min(w A, clip(w, 1 - 0.2, 1 + 0.3) A), and J >= 3 A where A < 0
     KL to the frozen cold start              k3 = p_ref/p - log(p_ref/p) - 1
-    loss                                     - sum(J - 0.01 k3) / tokens of the optimizer step, over all ranks
+    loss                                     - sum(J - kl k3) / tokens of the optimizer step, over all ranks
 
 Differences from the paper's release:
 1. Token mean over all tokens of the optimizer step, across ranks and micro-batches. (There: over micro-batches of two.)
@@ -58,7 +58,7 @@ class Settings:
     clip_low: float = setting(0.2, "ratio is clipped at 1 - this (paper: 0.2)")
     clip_high: float = setting(0.3, "and at 1 + this (paper: 0.3)")
     dual_clip: float = setting(3.0, "a negative advantage costs at most this many times itself (paper: 3.0)")
-    kl: float = setting(0.01, "weight of the KL to the cold start; 0: no reference model (paper: 0.01)")
+    kl: float = setting(0.15, "weight of the KL to the cold start; 0: no reference model (paper: 0.01, lr 1e-6)")
     filter: str = setting("spread", "groups to keep: spread: rewards differ; mean: the paper's 0.2 < mean < 0.99; none")
     min_std: float = setting(0.01, "spread: smallest standard deviation of a group's rewards; less is a tie, no signal")
     rollout_prompts: int = setting(0, "prompts of a rank that are rolled out at once; 0: all; bounds the KV cache")

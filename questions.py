@@ -198,7 +198,7 @@ def ask_exist(rng, objects):
     there = bool(rng.integers(2)) or not unseen
     color = str(rng.choice(list(shapes) if there else unseen))
     verdict = "yes" if there else "no"
-    words = f"The {color} one: {shapes.get(color, 'none')}, {verdict}."
+    words = f"Look: {color} {shapes.get(color, 'none')}, {verdict}."
     return general(f"Is anything {color} in the image?", ["yes", "no"], verdict, words, objects)
 
 
@@ -207,13 +207,13 @@ def ask_color(rng, objects):
     if not alone:
         return None
     a = rng.choice(alone)
-    return general(f"What color is the {a['label']}?", list(COLORS), a["color"], f"The {a['label']}: {a['color']}.",
+    return general(f"What color is the {a['label']}?", list(COLORS), a["color"], f"Look: {a['label']} {a['color']}.",
                    objects)
 
 
 def ask_shape(rng, objects):
     a = rng.choice(objects)
-    return general(f"What shape is the {a['color']} one?", SHAPES, a["label"], f"The {a['color']} one: {a['label']}.",
+    return general(f"What shape is the {a['color']} one?", SHAPES, a["label"], f"Look: {a['color']} {a['label']}.",
                    objects)
 
 
@@ -367,7 +367,21 @@ def derivations(scene, seed, objects):
         if solved:
             given = detect_block(ask.marked, True) if ask.marked else listing(objects)
             rows.append(instance(blank, task, "derive", f"{ask.text}\n{given}", f"<think>{solved[0]}</think>"))
+    if all(o["color"] for o in objects):
+        rows.append(instance(blank, "lookup", "lookup", *lookup(stream(scene, seed, 98), objects)))
     return rows
+
+
+def lookup(rng, objects):
+    """-> (question, target): words to look up in a given listing or in given detections. What is found stands right
+    behind the word, as it stands in the list; with a colon between them it takes a tiny model many times as long."""
+    objects = list(rng.permutation(objects))
+    given = listing(objects) if rng.integers(4) else detect_block(objects, [])
+    found = {color: "none" for color in COLORS} | {o["color"]: o["label"] for o in objects}
+    found |= {o["label"]: o["color"] for o in objects if sum(p["label"] == o["label"] for p in objects) == 1}
+    asked = rng.permutation(list(found))[:5]
+    said = ", ".join(f"{word} {found[word]}" for word in asked)
+    return f"Look up: {', '.join(asked)}\n{given}", f"<think>Look: {said}.</think>"
 
 
 def euler(rotation):

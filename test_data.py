@@ -309,6 +309,22 @@ def test_derivations_give_what_is_found_and_show_next_to_nothing(world):
     assert set(asked) == {*REGION, *GENERAL}
 
 
+def test_lookups_say_what_stands_beside_each_word_in_the_given_list(world):
+    given = collections.Counter()
+    for scene, k in itertools.product(world, range(6)):
+        (row,) = (row for row in questions.grounding(scene, k) if row["task"] == "lookup")
+        (asked, listed), think = row["conversations"][0]["value"].split("\n", 1), row["conversations"][1]["value"]
+        pairs = re.findall(r">(\w+) (\w+)</3d_box>", listed) or re.findall(r"(\w+) (\w+)[,.]", listed)
+        assert sorted(f"{color} {shape}" for color, shape in pairs) == sorted(map(questions.name, scene.objects))
+        answers = dict(pair.split() for pair in think[len("<think>Look: "):-len(".</think>")].split(", "))
+        assert list(answers) == asked.removeprefix("Look up: ").split(", ")
+        for word, answer in answers.items():
+            beside = [color if word == shape else shape for color, shape in pairs if word in (color, shape)]
+            assert beside == [answer] or (answer == "none" and not beside)
+        given["<detect>" in listed] += 1
+    assert min(given.values()) > 5 and len(given) == 2
+
+
 def test_lor_reasons_without_coordinates(asked):
     for _, row, _, target in asked:
         if data.path_of(row) == "lor":
@@ -369,11 +385,11 @@ def test_grounding_targets_follow_from_the_annotation(world):
                 seen = target.removeprefix("I see: ")[:-1].split(", ")
                 area = {name(o): (o["box"][2] - o["box"][0]) * (o["box"][3] - o["box"][1]) for o in scene.objects}
                 assert len(seen) == len(area) and [*map(area.get, seen)] == sorted(area.values(), reverse=True)
-            elif task != "derive":
+            elif task not in ("derive", "lookup"):
                 (kind,) = (task for task, words in VQA.items() if words in question)
                 assert is_same(target, read_answer(scene, {**row, "task": kind}, question))
             tasks[task] += 1
-    assert set(tasks) == {"center", "box3d", "ground2d", "region_qa", "mark_qa", "listing", "vqa", "derive"}
+    assert set(tasks) == {"center", "box3d", "ground2d", "region_qa", "mark_qa", "listing", "vqa", "derive", "lookup"}
 
 
 def test_sensor_labels_are_what_the_depth_shows(world):
