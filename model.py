@@ -16,8 +16,10 @@ import math
 import torch
 from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from prefix import BranchKV, DecodeCache, decoding, forward_prompts
 
 UNIT = 4.0                                                  # metres: brings rooms to the paper's range, about -1 to 1
 BANDS = 8                                                   # sin, cos of 2^k x, k = 0..7: wavelengths 25 m to 0.2 m
@@ -126,11 +128,11 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, pixel_values=None,
                 image_grid_thw=None, mm_token_type_ids=None, points=None, regions=None, features=None, logits_to_keep=0,
-                **kwargs):
+                decode=None, **kwargs):
         """The stock forward; with `points`, `regions` or the `features` of `encode_images`, the patched one.
 
         features {}: no pictures, those of the prompt are in the cache. logits_to_keep: the last so many positions, or
-        a mask (B, L), 1 = wanted -> logits (wanted, V).
+        a mask (B, L), 1 = wanted -> logits (wanted, V). decode: the cache of a rollout (prefix.py).
         """
         if points is None and regions is None and features is None:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -150,7 +152,8 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
         if features and features["regions"] is not None:
             embeds = fill(embeds, input_ids == self.config.region_token_id, features["regions"], "<mask> tokens")
         out = self.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
-                                        past_key_values=past_key_values, **pictures)
+                                        past_key_values=past_key_values, **pictures,
+                                        **({} if decode is None else {"decode": decode}))
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:] if isinstance(logits_to_keep, int)
                               else out.last_hidden_state[logits_to_keep])
         return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
@@ -223,69 +226,6 @@ def merge(weights):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# key-value caches: a prompt is computed once for its group
-
-
-class PromptKV(DynamicLayer):
-    """Remembers the prompt's keys and values. Writing twice is harmless: activation checkpointing may replay it."""
-
-    def update(self, keys, values, *args, **kwargs):
-        self.keys, self.values, self.is_initialized = keys, values, True
-        return keys, values
-
-
-class BranchKV(DynamicLayer):
-    """A prompt's keys and values seen by its G responses, read-only; gradients flow back into the prompt."""
-
-    def __init__(self, prompt, group):
-        super().__init__()
-        self.keys, self.values, self.group, self.is_initialized = prompt.keys, prompt.values, group, True
-
-    def update(self, keys, values, *args, **kwargs):        # the wide copies are made here, a layer at a time
-        return tuple(torch.cat([prompt[:, None].expand(-1, self.group, -1, -1, -1).flatten(0, 1), new], 2)
-                     for prompt, new in ((self.keys, keys), (self.values, values)))
-
-
-class DecodeKV(DynamicLayer):
-    """A prompt's keys and values for its G responses, with room for new tokens, which are written in place."""
-
-    def __init__(self, prompt, group, room):
-        super().__init__()
-        self.slabs = [nn.functional.pad(kv.repeat_interleave(group, 0), (0, 0, 0, room))
-                      for kv in (prompt.keys, prompt.values)]
-        self.length, self.is_initialized = prompt.keys.shape[2], True
-        self.expose()
-
-    def expose(self):
-        self.keys, self.values = (slab[:, :, :self.length] for slab in self.slabs)
-
-    def update(self, keys, values, *args, **kwargs):
-        for slab, new in zip(self.slabs, (keys, values)):
-            slab[:, :, self.length:self.length + new.shape[2]] = new
-        self.length += keys.shape[2]
-        self.expose()
-        return self.keys, self.values
-
-    def keep_rows(self, rows):
-        self.slabs = [slab[rows] for slab in self.slabs]
-        self.expose()
-
-
-def forward_prompts(model, prompts, features):
-    """Prompts once -> (keys and values per layer, logits (B, 1, V) after the last token, next positions (B, 1))."""
-    layers = model.model.language_model.layers
-    for layer in layers:                                    # else checkpointing layers silently drop the cache
-        layer._can_checkpoint_with_cache = True
-    cache = Cache(layers=[PromptKV() for _ in layers])
-    positions, after = model.positions(prompts["input_ids"], prompts["attention_mask"], prompts["mm_token_type_ids"],
-                                       prompts["image_grid_thw"])
-    images = {} if features else {k: prompts[k] for k in ("pixel_values", "image_grid_thw", "points", "regions")}
-    out = model(prompts["input_ids"], prompts["attention_mask"], positions, past_key_values=cache, features=features,
-                logits_to_keep=1, **images)
-    return cache.layers, out.logits, after
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # sampling and scoring
 
 
@@ -309,36 +249,33 @@ def rollout(model, prompts, group, max_new_tokens, stop_ids, banned, temperature
     model.eval()                                            # in train mode checkpointing layers drop the cache
     features = model.encode_images(*(prompts[k] for k in ("pixel_values", "image_grid_thw", "points", "regions")))
     layers, logits, position = forward_prompts(model, prompts, features)
-    cache = Cache(layers=[DecodeKV(layer, group, max_new_tokens) for layer in layers])
-    seen = prompts["attention_mask"].repeat_interleave(group, 0)                             # (rows, L)
+    cache = DecodeCache(layers, group, max_new_tokens, prompts["attention_mask"])
     position, logits = position.repeat_interleave(group, 0), logits[:, -1].repeat_interleave(group, 0)
-    rows = torch.arange(len(seen), device=seen.device)      # which responses the batch still holds
+    rows = torch.arange(len(logits), device=logits.device)  # which responses the batch still holds
     alive = torch.ones_like(rows, dtype=torch.bool)
-    tokens = seen.new_zeros(len(seen), max_new_tokens)
-    mask, logprobs = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=seen.device)
-    padded = not seen.all()                                 # without padding no mask: attention takes its fast path
-    seen = nn.functional.pad(seen, (0, max_new_tokens), value=1)
-    for t in range(max_new_tokens):
-        scores = allowed_logits(logits, banned, temperature or 1.0).log_softmax(-1)          # (rows, V)
-        if temperature == 0:
-            new = scores.argmax(-1)
-        else:
-            mass = scores.double().exp().cumsum(-1)         # a sixth of the time of torch.multinomial on a CPU
-            point = torch.rand(len(mass), 1, dtype=mass.dtype, device=mass.device, generator=generator) * mass[:, -1:]
-            new = torch.searchsorted(mass, point, right=True)[:, 0]
-        picked = scores.gather(1, new[:, None])[:, 0].float()
-        tokens[rows, t], mask[rows, t], logprobs[rows, t] = new * alive, alive.long(), picked * alive
-        alive = alive & ~torch.isin(new, stop_ids)
-        left = int(alive.sum())
-        if t + 1 == max_new_tokens or not left:
-            break
-        if left < 0.8 * len(rows):                          # finished rows cost as much as others; dropping copies
-            for layer in cache.layers:
-                layer.keep_rows(alive)
-            rows, new, position, seen, alive = (x[alive] for x in (rows, new, position, seen, alive))
-        past = seen[:, :cache.get_seq_length() + 1] if padded else None
-        out = model(new[:, None], past, position.expand(3, -1, -1), past_key_values=cache, features={})
-        logits, position = out.logits[:, -1], position + 1
+    tokens = position.new_zeros(len(rows), max_new_tokens)
+    mask, logprobs = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=tokens.device)
+    with decoding(model):
+        for t in range(max_new_tokens):
+            scores = allowed_logits(logits, banned, temperature or 1.0).log_softmax(-1)      # (rows, V)
+            if temperature == 0:
+                new = scores.argmax(-1)
+            else:
+                mass = scores.double().exp().cumsum(-1)     # a sixth of the time of torch.multinomial on a CPU
+                point = torch.rand(len(mass), 1, dtype=mass.dtype, device=mass.device, generator=generator)
+                new = torch.searchsorted(mass, point * mass[:, -1:], right=True)[:, 0]
+            picked = scores.gather(1, new[:, None])[:, 0].float()
+            tokens[rows, t], mask[rows, t], logprobs[rows, t] = new * alive, alive.long(), picked * alive
+            alive = alive & ~torch.isin(new, stop_ids)
+            left = int(alive.sum())
+            if t + 1 == max_new_tokens or not left:
+                break
+            if left < 0.8 * len(rows):                      # finished rows cost as much as others; dropping copies
+                cache.keep_rows(alive)
+                rows, new, position, alive = (x[alive] for x in (rows, new, position, alive))
+            out = model(new[:, None], None, position.expand(3, -1, -1), past_key_values=cache, features={},
+                        decode=cache)
+            logits, position = out.logits[:, -1], position + 1
     length = int(mask.sum(1).max())
     return tokens[:, :length], mask[:, :length], logprobs[:, :length], features
 
