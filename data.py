@@ -237,9 +237,9 @@ class World:
 
 def perception_stages(scenes, first, size):
     """Short questions without reasoning, in place of a stock VLM's pretraining, easy before hard: what a region token
-    holds; what the picture shows, and in its marks; where things are, and how to compute with that. 3D centres are the
-    depth sensor's own. [(share of the steps that are done at its end, sources), ..]"""
-    stages = [(0.2, [("region_qa", 1), ("lookup", 1)]),
+    holds, and to look up a word in a list; what the picture shows, and in its marks; where things are, and how to
+    compute with that. 3D centres are the depth sensor's own. [(share of the steps that are done, sources), ..]"""
+    stages = [(0.2, [("region_qa", 3), ("lookup", 2)]),
               (0.5, [("region_qa", 1), ("listing", 3), ("mark_qa", 3), ("lookup", 2)]),
               (1.0, [("region_qa", 1), ("listing", 3), ("mark_qa", 4), ("center", 5), ("ground2d", 1), ("derive", 8),
                      ("lookup", 2)])]

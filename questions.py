@@ -24,6 +24,7 @@ from scenes import COLORS, SHAPES as PRIMITIVES
 SHAPES = list(PRIMITIVES)
 MARKS = ["red bbox", "blue bbox", "green bbox"]             # in the order in which a question uses them
 MARGIN = 0.3                                                # metres; nearer ties are not asked about
+LARGER = 1.3                                                # times as large in the picture, likewise
 AXES = [("to the left of", "to the right of"), ("above", "below"), ("in front of", "behind")]    # smaller, larger
 
 
@@ -177,7 +178,7 @@ def ask_closer(rng, objects):
 
 def listing(objects):
     """What the image holds in words, from large to small in the picture: what catches the eye comes first."""
-    return "I see: " + ", ".join(map(name, objects)) + "."
+    return f"I see {len(objects)}: " + ", ".join(map(name, objects)) + "."
 
 
 def ask_count(rng, objects):
@@ -203,12 +204,12 @@ def ask_exist(rng, objects):
 
 
 def ask_color(rng, objects):
-    alone = [o for o in objects if sum(p["label"] == o["label"] for p in objects) == 1]
-    if not alone:
+    area = [(o["box"][2] - o["box"][0]) * (o["box"][3] - o["box"][1]) for o in objects]
+    if len(area) > 1 and area[0] < LARGER * area[1]:
         return None
-    a = rng.choice(alone)
-    return general(f"What color is the {a['label']}?", list(COLORS), a["color"], f"Look: {a['label']} {a['color']}.",
-                   objects)
+    color = objects[0]["color"]
+    text = "What color is the largest one in the image?"
+    return general(text, list(COLORS), color, f"The largest: {color}.", objects)
 
 
 def ask_shape(rng, objects):
@@ -278,7 +279,7 @@ def stream(scene, *numbers):
 
 
 def annotated(scene, sensor):
-    """The scene's objects from large to small in the picture; with `sensor`, centres are means of visible surfaces."""
+    """The scene's objects, largest 2D box first; with `sensor`, centres are means of visible surfaces."""
     seen = [o for o in scene.objects if not sensor or o["surface"] is not None]
     objects = [{**o, "center": np.asarray(o["surface" if sensor else "center"], float)} for o in seen]
     return sorted(objects, key=lambda o: (o["box"][0] - o["box"][2]) * (o["box"][3] - o["box"][1]))
@@ -373,14 +374,13 @@ def derivations(scene, seed, objects):
 
 
 def lookup(rng, objects):
-    """-> (question, target): words to look up in a given listing or in given detections. What is found stands right
-    behind the word, as it stands in the list; with a colon between them it takes a tiny model many times as long."""
+    """-> (question, target): colors to look up in a given listing or in given detections. What is found stands right
+    behind the color, as it stands in the list; with a colon between them it takes a tiny model many times as long."""
     objects = list(rng.permutation(objects))
     given = listing(objects) if rng.integers(4) else detect_block(objects, [])
     found = {color: "none" for color in COLORS} | {o["color"]: o["label"] for o in objects}
-    found |= {o["label"]: o["color"] for o in objects if sum(p["label"] == o["label"] for p in objects) == 1}
-    asked = rng.permutation(list(found))[:5]
-    said = ", ".join(f"{word} {found[word]}" for word in asked)
+    asked = rng.permutation(list(found))[:4]
+    said = ", ".join(f"{color} {found[color]}" for color in asked)
     return f"Look up: {', '.join(asked)}\n{given}", f"<think>Look: {said}.</think>"
 
 

@@ -38,7 +38,7 @@ class Settings:
     world_scenes: int = setting(4000, "embedded world: number of scenes")
     traces: int = setting(1000, "embedded world: scenes with annotated reasoning traces (real ones are scarce too)")
     seed: int = setting(0, "seed of weights, data order and sampling")
-    pretrain: int = setting(900, "steps of perception for a new model, in place of a stock VLM's pretraining")
+    pretrain: int = setting(1050, "steps of perception for a new model, in place of a stock VLM's pretraining")
     steps: int = setting(1300, "optimizer steps of the cold start (paper: 2 epochs)")
     batch: int = setting(0, "rows an optimizer step, all ranks together; 0: by --size, tiny 64 (paper: 512)")
     micro_tokens: int = setting(2048, "most tokens, with padding, of one forward pass on a rank; bounds memory")
