@@ -263,13 +263,13 @@ def cold_start_blend(traces, scenes, first, size):
     return blend
 
 
-def rl_blend(count, first, size):
-    """Fresh questions with exact answers for GRPO, none twice."""
+def rl_blend(count, first, size, path="both"):
+    """Fresh questions with exact answers for GRPO, none twice, for one path or both."""
     region, general = questions.REGION, questions.GENERAL
     parts = [("lor_region", "lor", region, 3), ("lor_general", "lor", general, 2), ("dtr_region", "dtr", region, 4),
              ("dtr_general", "dtr", general, 1)]
     return [(name, World(kind, tasks, first + 10**6 * i, count * share, 1, size), 1.0)
-            for i, (name, kind, tasks, share) in enumerate(parts)]
+            for i, (name, kind, tasks, share) in enumerate(parts) if path in (kind, "both")]
 
 
 class Blend:

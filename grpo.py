@@ -30,6 +30,7 @@ import checkpoint
 import data
 import eval
 import plan
+import rewards
 import run
 import sft
 import watch
@@ -45,6 +46,9 @@ class Settings:
     data: list = setting([], "instance files, FILE or FILE*weight; empty: the embedded world")
     scenes: str = setting("", "scenes.jsonl: train on questions about these pictures")
     skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
+    path: str = setting("both", "embedded world: train lor, dtr or both (the paper: both)")
+    detection: str = setting("shared", "DTR's detection reward: shared: divided by objects or boxes (the more); "
+                                       "boxes: by boxes, as the release does; none: 0.8 accuracy + 0.2 format")
     seed: int = setting(0, "seed of data order and sampling")
     steps: int = setting(80, "rollout steps (paper: 600)")
     prompts: int = setting(0, "prompts a step, all ranks together; 0: by --size, tiny 48 (paper: 512)")
@@ -113,6 +117,17 @@ def grpo_loss(logprobs, old, reference, advantages, mask, clip_low=0.2, clip_hig
 # rollout -> reward -> groups
 
 
+def trained_reward(row, text, parts, detection):
+    """The reward that is optimized: the whole one, or with --detection an ablation. Logs always show the whole one."""
+    if parts["detection"] is None or detection == "shared":
+        return parts["reward"]
+    if detection == "none":
+        return 0.8 * parts["accuracy"] + 0.2 * parts["format"]
+    boxes = len(rewards.parse_boxes(text))
+    surplus = max(len(data.centers_of(row)), boxes) / max(boxes, 1)                          # objects left out: free
+    return parts["reward"] + 0.1 * parts["detection"] * (surplus - 1)
+
+
 def sample_groups(model, rows, tokenizer, processor, rules, settings, generator, device):
     """Roll out and score the rows. -> one dict a group: prompt, features, tokens, mask, old log-probs, rewards, .."""
     watch.lap("rollout")
@@ -131,7 +146,8 @@ def sample_groups(model, rows, tokenizer, processor, rules, settings, generator,
         images = range(seen, seen := seen + len(sample["image_grid_thw"]))
         groups.append({"row": row, "sample": sample, "features": select_features(features, images, regions),
                        "tokens": tokens[mine], "mask": mask[mine], "old": old[mine], "texts": texts[mine],
-                       "rewards": torch.tensor([p["reward"] for p in parts]), "parts": parts,
+                       "rewards": torch.tensor([trained_reward(row, text, part, settings.detection)
+                                                for text, part in zip(texts[mine], parts)]), "parts": parts,
                        "cut": ended[mine].count(False)})
     return groups
 
@@ -319,7 +335,8 @@ def cold_start(settings, device):
 def sources_of(settings, side):
     """The blend of --data and --scenes, or fresh questions of the embedded world, none twice."""
     count = settings.prompts * settings.steps * settings.rounds
-    return data.user_sources(settings) or data.rl_blend(count, 10**8 + settings.seed * 10**7, side)
+    world = data.rl_blend(count, 10**8 + settings.seed * 10**7, side, settings.path)
+    return data.user_sources(settings) or world
 
 
 def main():
@@ -330,6 +347,9 @@ def main():
         raise run.UserError(f"--prompts {settings.prompts}: not divisible by {run.world()} processes; use a multiple")
     if settings.steps < 1 or settings.minibatches < 1 or settings.group_size < 2:
         raise run.UserError("--steps and --minibatches need at least 1, --group_size at least 2")
+    if settings.path not in ("lor", "dtr", "both") or settings.detection not in ("shared", "boxes", "none"):
+        raise run.UserError(f"--path {settings.path} --detection {settings.detection}: needs lor, dtr or both; shared, "
+                            "boxes or none")
     if settings.lora and settings.train_vision:
         raise run.UserError("--lora trains adapters of the language model only; leave --train_vision out")
     if not os.path.isfile(os.path.join(settings.model, "config.json")) and settings.model == "out/sft":

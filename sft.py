@@ -37,6 +37,7 @@ class Settings:
     scenes: str = setting("", "scenes.jsonl: train on traces made from these annotated pictures")
     world_scenes: int = setting(4000, "embedded world: number of scenes")
     traces: int = setting(1000, "embedded world: scenes with annotated reasoning traces (real ones are scarce too)")
+    blend: str = setting("all", "embedded world: all; cot: only traces; grounding: only the rest; none: no cold start")
     seed: int = setting(0, "seed of weights, data order and sampling")
     pretrain: int = setting(1050, "steps of perception for a new model, in place of a stock VLM's pretraining")
     steps: int = setting(1300, "optimizer steps of the cold start (paper: 2 epochs)")
@@ -147,16 +148,21 @@ def train(settings, model, tokenizer, processor, sources, device):
         for i, (end, perception) in enumerate(stages):
             steps = round(end * settings.pretrain) - round((stages[i - 1][0] if i else 0) * settings.pretrain)
             fit(settings, model, tokenizer, processor, perception, steps, device, keeper, f"pretraining {i + 1}")
-    fit(settings, model, tokenizer, processor, sources, settings.steps, device, keeper, "cold start")
+    if sources:
+        fit(settings, model, tokenizer, processor, sources, settings.steps, device, keeper, "cold start")
     keeper.close()
     run.save_model(model, tokenizer, processor, settings.out)
     return model
 
 
 def sources_of(settings, size):
-    """The blend of --data and --scenes, or the embedded world's."""
+    """The blend of --data and --scenes, or the embedded world's, or what --blend takes of that."""
+    if settings.blend not in ("all", "cot", "grounding", "none"):
+        raise run.UserError(f"--blend {settings.blend}: needs all, cot, grounding or none")
     world = data.cold_start_blend(settings.traces, settings.world_scenes, settings.seed * 10**6, size)
-    return data.user_sources(settings) or world
+    wanted = {"all": ("cot", "grounding"), "none": ()}.get(settings.blend, (settings.blend,))
+    kind = lambda source: "grounding" if source[1].kind == "grounding" else "cot"
+    return data.user_sources(settings) or [source for source in world if kind(source) in wanted]
 
 
 def main():

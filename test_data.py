@@ -30,6 +30,7 @@ import questions
 import rewards
 import run
 import scenes
+import sft
 
 REAL = Path(__file__).parent.parent / "shared" / "realdata" / "scenes" / "scenes.jsonl"
 SEEDS, NUMERIC = range(60), ("depth", "move", "distance", "count")
@@ -512,6 +513,17 @@ def test_rl_asks_no_question_twice_and_evaluation_asks_as_many_of_each_family():
     assert set(count.values()) == {2} and len(count) == 22
     asked_about = {row["id"].split("/")[0] for row in rows}
     assert not asked_about & {row.split("/")[0] for row in ids}
+
+
+def test_the_ablations_take_their_part_of_the_blends():
+    names = lambda blend: [name for name, *_ in sft.sources_of(sft.Settings(blend=blend, traces=4, world_scenes=8), 96)]
+    cot = ["lor_region", "lor_general", "dtr_region", "dtr_general"]
+    assert names("cot") == cot and names("none") == [] and names("all") == cot + names("grounding")
+    assert len(names("grounding")) == 9
+    for path in ("lor", "dtr"):
+        blend = data.rl_blend(4, 10**8, 96, path)
+        assert [name for name, *_ in blend] == [f"{path}_region", f"{path}_general"]
+        assert {data.path_of(row) for _, rows, _ in blend for row in (rows[0], rows[1])} == {path}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

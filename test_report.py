@@ -4,11 +4,14 @@
 """
 import base64
 import io
+import itertools
 import json
+import math
 import re
 import statistics
 import sys
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -16,6 +19,8 @@ from PIL import Image
 
 import data
 import eval
+import findings
+import questions
 import report
 import run
 
@@ -265,3 +270,77 @@ def test_malformed_files_are_one_line(file, text, says, folder, capsys):
     with pytest.raises(run.UserError, match=re.escape(file)) as error:
         compare(folder, "bad.json" if file == "bad.json" else "after.json", runs=["log"])
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# findings.py: several seeds side by side
+
+
+def test_the_interval_over_seeds_and_questions_is_the_stated_one_and_covers():
+    x = np.array([[1.0, 0, 1, 1], [1, 0, 0, 1], [0, 0, 1, 1]])
+    seeds, asked = [0.75, 0.5, 0.5], [2 / 3, 0, 2 / 3, 1]
+    half = math.hypot(4.303 * statistics.stdev(seeds) / 3**0.5, 1.96 * statistics.stdev(asked) / 4**0.5)
+    assert findings.interval(x) == pytest.approx((7 / 12, half))
+    assert findings.interval(x[:1]) == pytest.approx((0.75, 1.96 * 0.5 / 2))                 # one seed: its questions
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(400):                                    # an effect of each seed, of each question, and noise
+        values = 0.1 * rng.normal(size=(3, 1)) + 0.5 * rng.normal(size=(1, 50)) + 0.5 * rng.normal(size=(3, 50))
+        mean, half = findings.interval(values)
+        hits += abs(mean) <= half
+    assert 0.94 < hits / 400 < 1
+
+
+@pytest.fixture()
+def seeds(tmp_path):
+    """Two evaluations, before and after, of two seeds; what changes from before to after is known."""
+    rng, found = np.random.default_rng(1), {}
+    for seed, when in itertools.product((0, 1), ("before", "after")):
+        results = []
+        kinds = itertools.product(("lor", "dtr"), [*questions.REGION, *questions.GENERAL] * 3)
+        for i, (path, task) in enumerate(kinds):
+            sees = path == "dtr" and task in questions.REGION
+            results.append({"index": i, "id": str(i), "path": path, "task": task, "question": "?", "answer": "A",
+                            "response": "", "auto": "lor", "accuracy": float(rng.integers(2)), "format": 1.0,
+                            "reward": float(rng.uniform()), "detection": float(rng.uniform()) if sees else None,
+                            "center_errors_m": [*map(float, rng.uniform(size=2)), None] if sees else []})
+        eval.write_json(tmp_path / f"{when}_{seed}.json", results)
+        found.setdefault(when, []).append(results)
+    for seed in (0, 1):
+        steps = [{"step": i, "lor_reward": 0.5 + 0.01 * i, "dtr_reward": 0.6, "dtr_detection": 0.2} for i in range(20)]
+        (tmp_path / f"{seed}.jsonl").write_text("\n".join(map(json.dumps, steps)))
+    return tmp_path, found
+
+
+def test_findings_prints_means_and_paired_differences_and_draws_them(seeds, monkeypatch, capsys):
+    folder, found = seeds
+    monkeypatch.setattr(sys, "argv", ["findings.py", f"cold={folder}/before_*.json", f"RL={folder}/after_*.json",
+                                      "--curves", f"{folder}/*.jsonl", "--figure", f"{folder}/figure.svg"])
+    findings.main()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
+             if line.startswith("|")]
+    mean = {row[0]: row for row in lines[:len(lines) // 2]}
+    change = {row[0]: row for row in lines[len(lines) // 2:]}
+    for path, pool in itertools.product(("lor", "dtr"), ("region", "general")):
+        tasks = {"region": questions.REGION, "general": questions.GENERAL}[pool]
+        of = {when: statistics.mean(r["accuracy"] for one in results for r in one
+                                    if r["path"] == path and r["task"] in tasks) for when, results in found.items()}
+        name = f"{path.upper()} {pool}: accuracy"
+        assert [float(cell.split(" ±")[0]) for cell in mean[name][2:]] == pytest.approx([*of.values()], abs=6e-4)
+        assert float(change[name][2].split(" ±")[0]) == pytest.approx(of["after"] - of["before"], abs=6e-4)
+        assert int(mean[name][1]) == 3 * len(tasks)
+    figure = ElementTree.parse(folder / "figure.svg").getroot()
+    kinds = [element.tag.split("}")[1] for element in figure.iter()]
+    assert kinds.count("polyline") == 3 and kinds.count("rect") > 2 * 6
+    assert "NaN" not in (folder / "figure.svg").read_text() and "inf" not in (folder / "figure.svg").read_text()
+
+
+@pytest.mark.parametrize("column, words", [("cold=nothing.json", "nothing.json"), ("nothing", "NAME=PATTERN"),
+                                           ("x={}/before_[01]*.json", "different questions")])
+def test_findings_says_what_is_wrong(column, words, seeds, monkeypatch, capsys):
+    folder, found = seeds
+    eval.write_json(folder / "before_1.json", found["before"][1][:-1])
+    monkeypatch.setattr(sys, "argv", ["findings.py", column.format(folder)])
+    with pytest.raises(SystemExit) as end:
+        findings.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: ") and words in err

@@ -66,6 +66,27 @@ def test_T6_ties_have_exactly_no_advantage():
     assert rounding > 0                                     # the case that makes this test worth while does occur
 
 
+@pytest.mark.parametrize("boxes, off, parts", [             # boxes written about two objects; metres off; expected
+    (["red"], 0.05, {"shared": 0.5, "boxes": 1.0}), (["red"], 0.25, {"shared": 0.3, "boxes": 0.6}),
+    (["red", "blue"], 0.05, {"shared": 1.0, "boxes": 1.0}), ([], 0.0, {"shared": 0.0, "boxes": 0.0}),
+    (["red", "blue", "green", "yellow"], 0.05, {"shared": 0.5, "boxes": 0.5})])
+def test_the_ablations_of_the_detection_reward_change_that_part_only(boxes, off, parts):
+    at = {"red": (1.0, 0.2, 3.0), "blue": (-1.0, 0.2, 4.0), "green": (0.0, 0.0, 1.0), "yellow": (0.0, 0.0, 2.0)}
+    row = {"source": "test", "3d_pos": {f"{color}_bbox": {"center_cam": at[color]} for color in ("red", "blue")},
+           "conversations": [{"from": "human", "value": "How far?"}, {"from": "gpt", "value": "3.0"}], "image": "a.png"}
+    lines = [f'<3d_box center="{at[c][0] + off:.2f},{at[c][1]},{at[c][2]}">cube ({c} bbox)</3d_box>' for c in boxes]
+    found = "\n".join([f"Find {len(boxes)} relevant objects:", *lines])
+    text = f"<detect>{found}</detect>\n<think>z.</think>\n<answer>3.0</answer>"
+    scored = eval.score(row, text)
+    assert scored["accuracy"] == scored["format"] == 1
+    for name, detection in parts.items():
+        assert grpo.trained_reward(row, text, scored, name) == pytest.approx(0.9 + 0.1 * detection, abs=1e-12)
+    assert grpo.trained_reward(row, text, scored, "none") == pytest.approx(1, abs=1e-12)
+    del row["3d_pos"]                                       # LOR: no detection, whatever the setting
+    scored = eval.score(row, text)
+    assert {grpo.trained_reward(row, text, scored, name) for name in ("shared", "boxes", "none")} == {scored["reward"]}
+
+
 @pytest.mark.parametrize("rewards, spread, mean", [
     ([0.5, 0.5, 0.5, 0.5], False, True), ([0.5, 0.5, 0.5, 0.51], False, True), ([0.5, 0.5, 0.5, 0.6], True, True),
     ([0.0, 0.0, 0.0, 0.4], True, False), ([1.0, 1.0, 1.0, 0.99], False, False), ([0.1, 0.1, 0.1, 0.1], False, False)])

@@ -1,0 +1,185 @@
+"""Evaluations of several seeds side by side, with error bars over seeds and questions, and Figure 1 of the README.
+
+    python findings.py "cold start=out/grpo_*/eval_cold_start.json" "GRPO=out/grpo_*/eval.json" \\
+        --curves "out/grpo_*/metrics.jsonl" --figure figure1.svg
+
+Each NAME=PATTERN is a column: JSON files of eval.py or grpo.py on the same questions, one a seed, in sorted order. The
+second table holds each column minus the first, seed by seed and question by question.
+
+The half width of a 95 % interval adds two independent parts: that of the seeds, Student's t on the seeds' means, and
+that of the questions, 1.96 standard errors of the questions' means over the seeds. A median has only the first.
+"""
+import argparse
+import glob
+import json
+import sys
+from html import escape
+
+import numpy as np
+
+import eval
+import questions
+import run
+
+T95 = [np.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]               # Student's t, 1, 2, .. free
+ROWS = [(f"{path.upper()} {pool}: {key}", path, tasks, key) for path in ("lor", "dtr") for pool, tasks, key in (
+    ("region", questions.REGION, "accuracy"), ("general", questions.GENERAL, "accuracy"),
+    ("all", {**questions.REGION, **questions.GENERAL}, "reward"),
+    ("all", {**questions.REGION, **questions.GENERAL}, "format"))]
+ROWS += [("DTR region: detection reward", "dtr", questions.REGION, "detection"),
+         ("DTR region: centre error, m", "dtr", questions.REGION, "center_errors_m")]
+COLORS = ["#9aa3ad", "#e0a458", "#1a6fc9", "#7b4fb5", "#47772a", "#c2541a"]                 # of the columns
+
+
+def load(pattern):
+    """The responses of each seed's evaluation: a list a file."""
+    files = sorted(glob.glob(pattern))
+    if not files:
+        raise run.UserError(f"{pattern}: no such file; make it with grpo.py, or with eval.py --json")
+    return [eval.load_json(file)["responses"] for file in files]
+
+
+def values(seeds, path, tasks, key):
+    """(seeds, questions) of a metric; of the centre errors: (seeds, 1), their median."""
+    rows = [[r[key] for r in one if r["path"] == path and r["task"] in tasks and r[key] not in (None, [])]
+            for one in seeds]
+    if key == "center_errors_m":
+        rows = [[np.median([np.inf if e is None else e for errors in row for e in errors])] for row in rows]
+    if len({len(row) for row in rows}) > 1:
+        raise run.UserError(f"{key} of {path}: the seeds were asked different questions")
+    return np.array(rows, float)
+
+
+def interval(x):
+    """Mean of x (seeds, questions) and the half width of its 95 % interval (see above); one seed: of the questions."""
+    seeds, count = x.shape
+    if not np.isfinite(x).all():                            # a median over mostly missing centres
+        return np.nan, np.nan
+    of_seeds = T95[seeds - 1] * x.mean(1).std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
+    of_questions = 1.96 * x.mean(0).std(ddof=1) / count**0.5 if count > 1 else 0.0
+    return x.mean(), np.hypot(of_seeds, of_questions)
+
+
+def table(title, heads, lines):
+    """A table in Markdown. lines: (name, n, [(mean, half width), ...])"""
+    print(f"\n| {title} | n | " + " | ".join(heads) + " |\n|" + "---|" * (len(heads) + 2))
+    for name, count, cells in lines:
+        sign = "+" * title.startswith("minus")
+        texts = [f"{mean:{sign}.3f} ± {half:.3f}" if np.isfinite(mean) else "–" for mean, half in cells]
+        print(f"| {name} | {count} | " + " | ".join(texts) + " |")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the figure: plain SVG
+
+
+def text(x, y, words, size=12, anchor="start", color="#333"):
+    return (f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{color}">{escape(words)}'
+            "</text>")
+
+
+def panel(x, y, width, height, low, high, title):
+    """Frame, grid and labels of a panel; and the function from a value to its height on the page."""
+    place = lambda value: y + height * (high - value) / (high - low)
+    out = text(x, y - 12, title, 13)
+    for tick in np.linspace(low, high, 5):
+        out += f'<line x1="{x}" x2="{x + width}" y1="{place(tick):.1f}" y2="{place(tick):.1f}" stroke="#e3e6ea"/>'
+        out += text(x - 6, place(tick) + 4, f"{tick:.2f}".rstrip("0").rstrip("."), 11, "end", "#666")
+    return out, place
+
+
+def curves(pattern, x, y, width, height):
+    """Reward of both paths and the detection reward against the steps: mean over the seeds, band from least to most."""
+    runs = [[json.loads(line) for line in open(file)] for file in sorted(glob.glob(pattern))]
+    if not runs:
+        raise run.UserError(f"--curves {pattern}: no such file")
+    length = min(map(len, runs))
+    lines = {}
+    for key, name, color in (("lor_reward", "LOR reward", "#1a6fc9"), ("dtr_reward", "DTR reward", "#c2541a"),
+                             ("dtr_detection", "DTR detection reward", "#47772a")):
+        raw = [[line.get(key, np.nan) for line in one[:length]] for one in runs]
+        window = max(1, length // 8)
+        lines[name] = color, np.array([np.convolve(one, np.ones(window) / window, "valid") for one in raw])
+    low = np.floor(10 * min(np.nanmin(v) for _, v in lines.values())) / 10
+    high = np.ceil(10 * max(np.nanmax(v) for _, v in lines.values())) / 10
+    out, place = panel(x, y, width, height, low, high, "sampled rewards during GRPO, running mean")
+    for i, (name, (color, v)) in enumerate(lines.items()):
+        xs = x + width * np.linspace(0, 1, v.shape[1])
+        points = lambda ys: " ".join(f"{a:.1f},{place(b):.1f}" for a, b in ys)
+        band = [*zip(xs, v.max(0)), *zip(xs[::-1], v.min(0)[::-1])]
+        out += f'<polygon points="{points(band)}" fill="{color}" opacity="0.18"/>'
+        out += f'<polyline points="{points(zip(xs, v.mean(0)))}" fill="none" stroke="{color}" stroke-width="2"/>'
+        out += f'<rect x="{x + 4 + 150 * i}" y="{y + height + 26}" width="10" height="10" fill="{color}"/>'
+        out += text(x + 18 + 150 * i, y + height + 35, name)
+    return out + text(x, y + height + 16, "step 0", 11) + text(x + width, y + height + 16, str(length), 11, "end")
+
+
+def bars(heads, lines, x, y, width, height):
+    """Means with their intervals: a group of bars a line of the table, a bar a column."""
+    out, place = panel(x, y, width, height, 0, 1, "greedy answers to held-out questions, 95 % intervals")
+    step = width / len(lines)
+    each = 0.8 * step / len(heads)
+    for i, (name, _, cells) in enumerate(lines):
+        for k, ((mean, half), color) in enumerate(zip(cells, COLORS)):
+            left, top = x + step * (i + 0.1) + k * each, place(mean)
+            out += (f'<rect x="{left:.1f}" y="{top:.1f}" width="{0.9 * each:.1f}" height="{place(0) - top:.1f}" '
+                    f'fill="{color}"/>')
+            middle, ends = left + 0.45 * each, (place(max(mean - half, 0)), place(min(mean + half, 1)))
+            out += (f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}" stroke="#222" '
+                    'stroke-width="1.5"/>')
+        for row, words in enumerate(name.split(": ")):
+            out += text(x + step * (i + 0.5), y + height + 16 + 13 * row, words, 11, "middle")
+    for k, (head, color) in enumerate(zip(heads, COLORS)):
+        out += f'<rect x="{x + 130 * k}" y="{y + height + 44}" width="10" height="10" fill="{color}"/>'
+        out += text(x + 14 + 130 * k, y + height + 53, head)
+    return out
+
+
+def draw(path, heads, lines, pattern):
+    shown = [line for line in lines if not line[0].endswith(("format", "m"))]
+    body = bars(heads, shown, 400 if pattern else 50, 50, 560, 220)
+    body += curves(pattern, 50, 50, 290, 220) if pattern else ""
+    width = 980 if pattern else 630
+    with open(path, "w") as file:
+        file.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 340" font-family="sans-serif">'
+                   f'<rect width="{width}" height="340" fill="white"/>{body}</svg>\n')
+    print(f"\nfigure: {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("columns", nargs="+", metavar="NAME=PATTERN", help="evaluations, one file a seed")
+    parser.add_argument("--curves", default="", help="metrics.jsonl of the GRPO runs, a pattern")
+    parser.add_argument("--figure", default="", help="SVG file to draw")
+    args = parser.parse_args()
+    try:
+        if not all("=" in column for column in args.columns):
+            raise run.UserError("columns: need NAME=PATTERN, such as \"GRPO=out/grpo_*/eval.json\"")
+        heads, patterns = zip(*(column.split("=", 1) for column in args.columns))
+        found, lines, changes = [load(pattern) for pattern in patterns], [], []
+        print("seeds: " + ", ".join(f"{head} {len(seeds)}" for head, seeds in zip(heads, found)))
+        for name, *what in ROWS:
+            all_values = [values(seeds, *what) for seeds in found]
+            if not all(x.size for x in all_values):
+                continue
+            count = sum(r["path"] == what[0] and r["task"] in what[1] for r in found[0][0])
+            lines.append((name, count, [interval(x) for x in all_values]))
+            if all(x.shape == all_values[0].shape and np.isfinite(x).all() for x in all_values):
+                changes.append((name, count, [interval(x - all_values[0]) for x in all_values[1:]]))
+        table("mean", heads, lines)
+        if heads[1:]:
+            table(f"minus {heads[0]}", heads[1:], changes)
+        for head, seeds in zip(heads, found):
+            gaps = [(pool, values(seeds, "dtr", tasks, "accuracy") - values(seeds, "lor", tasks, "accuracy"))
+                    for pool, tasks in (("region", questions.REGION), ("general", questions.GENERAL))]
+            print(f"{head}: accuracy of DTR minus LOR" + "".join(
+                "  {} {:+.3f} ± {:.3f}".format(pool, *interval(gap)) for pool, gap in gaps))
+        if args.figure:
+            draw(args.figure, heads, lines, args.curves)
+    except run.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
