@@ -240,9 +240,9 @@ def perception_stages(scenes, first, size):
     holds, and to look up a word in a list; what the picture shows, and in its marks; where things are, and how to
     compute with that. 3D centres are the depth sensor's own. [(share of the steps that are done, sources), ..]"""
     stages = [(0.2, [("region_qa", 3), ("lookup", 2)]),
-              (0.5, [("region_qa", 1), ("listing", 3), ("mark_qa", 3), ("lookup", 2)]),
-              (1.0, [("region_qa", 1), ("listing", 3), ("mark_qa", 4), ("center", 5), ("ground2d", 1), ("derive", 8),
-                     ("lookup", 2)])]
+              (0.5, [("region_qa", 1), ("listing", 3), ("mark_qa", 3), ("lookup", 1), ("measure", 2)]),
+              (1.0, [("region_qa", 1), ("listing", 3), ("mark_qa", 4), ("center", 5), ("ground2d", 1), ("derive", 4),
+                     ("lookup", 1), ("measure", 6)])]
     return [(end, [(task, World("grounding", [task], first, scenes, per, size, sensor=True), 1.0)
                    for task, per in parts]) for end, parts in stages]
 
@@ -255,7 +255,7 @@ def cold_start_blend(traces, scenes, first, size):
              ("dtr_general", "dtr", general, 2)]
     parts += [(task, "grounding", [task], per) for task, per in (
         ("center", 2), ("box3d", 1), ("ground2d", 1), ("region_qa", 2), ("mark_qa", 3), ("listing", 5), ("vqa", 1),
-        ("derive", 4), ("lookup", 1))]
+        ("derive", 2), ("lookup", 1), ("measure", 3))]
     blend = []
     for name, kind, tasks, per in parts:
         count = scenes if kind == "grounding" else traces

@@ -80,11 +80,12 @@ def place(obj, mark):
 
 
 def squared_distance(a, b):
-    """Derivation of |a - b|^2 in tenths, every number rounded to one decimal as written; and the sum."""
+    """Derivation of |a - b|^2 in tenths, every number rounded to one decimal as written; and the sum. The coordinates are
+    written again, p~q=|p - q|: to find them and to subtract them in one step is what a tiny model gets wrong."""
     d = [abs(p - q) for p, q in zip(a, b)]
     squares = [(v * v + 5) // 10 for v in d]
-    text = ",".join(meters(v) for v in d) + "\n" + "+".join(meters(v) for v in squares) + "=" + meters(sum(squares))
-    return text, sum(squares)
+    text = " ".join(f"{meters(p)}~{meters(q)}={meters(v)}" for p, q, v in zip(a, b, d))
+    return text + "\n" + "+".join(meters(v) for v in squares) + "=" + meters(sum(squares)), sum(squares)
 
 
 def ask_depth(rng, objects):
@@ -367,7 +368,8 @@ def derivations(scene, seed, objects):
         solved = ask and ask.solve(tenths_of(ask.marked))
         if solved:
             given = detect_block(ask.marked, True) if ask.marked else listing(objects)
-            rows.append(instance(blank, task, "derive", f"{ask.text}\n{given}", f"<think>{solved[0]}</think>"))
+            kind = "measure" if task in ("distance", "nearer") else "derive"                 # the long ones
+            rows.append(instance(blank, task, kind, f"{ask.text}\n{given}", f"<think>{solved[0]}</think>"))
     if all(o["color"] for o in objects):
         rows.append(instance(blank, "lookup", "lookup", *lookup(stream(scene, seed, 98), objects)))
     return rows

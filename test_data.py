@@ -241,10 +241,10 @@ def tenth(value):
 
 
 def check_distance(text, a, b):
-    """"dx,dy,dz", then "x2+y2+z2=sum", each number right as written -> the sum."""
+    """"p~q=|p - q| .. ..", then "x2+y2+z2=sum", each number right as written -> the sum."""
     first, second = text.split("\n")
     steps = [abs(p - q) for p, q in zip(a, b)]
-    assert list(map(Decimal, first.split(","))) == steps
+    assert first == " ".join(f"{p}~{q}={step}" for p, q, step in zip(a, b, steps))
     squares, total = second.split("=")
     squares = list(map(Decimal, squares.split("+")))
     assert squares == [tenth(step * step) for step in steps] and Decimal(total) == sum(squares)
@@ -297,7 +297,7 @@ def test_the_arithmetic_of_dtr_traces_is_right_as_written(asked):
 def test_derivations_give_what_is_found_and_show_next_to_nothing(world):
     asked = collections.Counter()
     for scene in world:
-        for row in (row for row in questions.grounding(scene, 0) if row["task"] == "derive"):
+        for row in (row for row in questions.grounding(scene, 0) if row["task"] in ("derive", "measure")):
             (question, given), think = row["conversations"][0]["value"].split("\n", 1), row["conversations"][1]["value"]
             think, task = think[len("<think>"):-len("</think>")], row["id"].split("/")[2]
             assert row["image"].shape == (16, 16, 3) and row["depth"] is None and "bbox" not in row
@@ -393,11 +393,12 @@ def test_grounding_targets_follow_from_the_annotation(world):
                 assert len(seen) == int(count)
                 area = {name(o): (o["box"][2] - o["box"][0]) * (o["box"][3] - o["box"][1]) for o in scene.objects}
                 assert len(seen) == len(area) and [*map(area.get, seen)] == sorted(area.values(), reverse=True)
-            elif task not in ("derive", "lookup"):
+            elif task not in ("derive", "measure", "lookup"):
                 (kind,) = (task for task, words in VQA.items() if words in question)
                 assert is_same(target, read_answer(scene, {**row, "task": kind}, question))
             tasks[task] += 1
-    assert set(tasks) == {"center", "box3d", "ground2d", "region_qa", "mark_qa", "listing", "vqa", "derive", "lookup"}
+    assert set(tasks) == {"center", "box3d", "ground2d", "region_qa", "mark_qa", "listing", "vqa", "derive", "measure",
+                          "lookup"}
 
 
 def test_sensor_labels_are_what_the_depth_shows(world):
@@ -519,7 +520,7 @@ def test_the_ablations_take_their_part_of_the_blends():
     names = lambda blend: [name for name, *_ in sft.sources_of(sft.Settings(blend=blend, traces=4, world_scenes=8), 96)]
     cot = ["lor_region", "lor_general", "dtr_region", "dtr_general"]
     assert names("cot") == cot and names("none") == [] and names("all") == cot + names("grounding")
-    assert len(names("grounding")) == 9
+    assert len(names("grounding")) == 10
     for path in ("lor", "dtr"):
         blend = data.rl_blend(4, 10**8, 96, path)
         assert [name for name, *_ in blend] == [f"{path}_region", f"{path}_general"]
