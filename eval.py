@@ -24,6 +24,8 @@ import rewards
 import run
 from model import rollout
 from run import setting
+from scenes import make_scene
+from transfer import WORLDS, reword
 
 METRICS = ["accuracy", "format", "reward", "detection"]
 FIELDS = {"table": {"path", "task", "n", "center_error_m", "center_error_m_ci", *METRICS},    # of an evaluation's JSON
@@ -37,6 +39,8 @@ class Settings:
     scenes: str = setting("", "scenes.jsonl: ask the region questions about these pictures (real ones too)")
     skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
     questions: int = setting(1320, "embedded world: number of held-out questions; each is asked on both paths")
+    world: str = setting("", "another embedded world than the trained one: view, tilt, crowd, shades, wording "
+                             "(transfer.py)")
     path: str = setting("both", "lor, dtr, both, or auto: dtr for regions and geometry, lor otherwise")
     temperature: float = setting(0.0, "0 is greedy (paper: 0.5 during training)")
     max_new_tokens: int = setting(160, "longest response (paper: 2048)")
@@ -57,8 +61,9 @@ class Settings:
 # questions
 
 
-def held_out(count, size, first=9 * 10**8):
+def held_out(count, size, first=9 * 10**8, world=""):
     """`count` questions about scenes that no training uses, as many of each family, each for both paths."""
+    scene = lambda seed: make_scene(seed, size, **WORLDS[world]) if world else data.cached_scene(seed, size)
     tasks = [*questions.REGION, *questions.GENERAL]
     per_task = -(-count // len(tasks))
     rows = {task: [] for task in tasks}
@@ -66,12 +71,15 @@ def held_out(count, size, first=9 * 10**8):
         open_tasks = [task for task in tasks if len(rows[task]) < 2 * per_task]
         if not open_tasks:
             break
-        asked = questions.questions(data.cached_scene(seed, size), seed, tasks=open_tasks)
+        asked = questions.questions(scene(seed), seed, tasks=open_tasks)
         if not asked:
             continue
         task = asked[2 * (seed % (len(asked) // 2))]["task"]     # one question a scene
         rows[task] += [row for row in asked if row["task"] == task]
-    return [row for task in tasks for row in rows[task]]
+    rows = [row for task in tasks for row in rows[task]]
+    for row in rows if world == "wording" else ():
+        row["conversations"][0]["value"] = reword(row["conversations"][0]["value"])
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,6 +329,8 @@ def main():
     settings = run.parse(Settings, __doc__)
     if settings.path not in ("lor", "dtr", "both", "auto"):
         raise run.UserError(f"--path {settings.path}: needs lor, dtr, both or auto")
+    if settings.world and settings.world not in WORLDS:
+        raise run.UserError(f"--world {settings.world}: needs one of {', '.join(WORLDS)}")
     if settings.bench or settings.score:
         import benchmarks                                   # here, as it imports this file
         return benchmarks.main(settings)
@@ -336,7 +346,7 @@ def main():
         return
     device = run.setup(settings.seed)
     model, tokenizer, processor = run.load_model(settings.model, settings.attention)
-    rows = rows or held_out(settings.questions, run.image_side(processor))
+    rows = rows or held_out(settings.questions, run.image_side(processor), world=settings.world)
     rows = data.on_paths(rows, settings.path)
     if not rows:
         raise run.UserError("nothing to answer: no question asked for")

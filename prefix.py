@@ -10,7 +10,6 @@ Dimensions: B prompts, G responses per prompt, L prompt tokens, H heads, K key-v
 import contextlib
 
 import torch
-from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -70,25 +69,24 @@ class DecodeKV(DynamicLayer):
         return out[where.prompt, :, where.slot].reshape(rows, 1, heads, depth)
 
     def keep(self, prompts, old, new):
-        """Keep these prompts, and move their responses from the places `old` to the places `new`."""
+        """Keep these prompts, and move their responses from the places old (prompt, slot) to the places `new`."""
         if len(prompts) < len(self.prompt[0]):
             self.prompt = [x[prompts] for x in self.prompt]
         for i, own in enumerate(self.own):
             self.own[i] = own.new_zeros(len(prompts), own.shape[1], new.width, *own.shape[3:])
-            self.own[i][new.prompt, :, new.slot] = own[old.prompt, :, old.slot]
+            self.own[i][new.prompt, :, new.slot] = own[old[0], :, old[1]]
 
 
 class Places:
-    """Where each response (a row of the batch) stands in a DecodeKV: its prompt and its slot there.
+    """Where each response, a row of the batch, stands in a DecodeKV: its prompt (rows,), ascending, and its slot there.
 
     hidden: (B, 1, 1, 1, L), -inf at the padding of the prompts, or None.
     """
 
     def __init__(self, prompt, hidden):
-        self.prompt, self.hidden = prompt, hidden           # (rows,) in ascending order
         count = torch.bincount(prompt)
-        start = count.cumsum(0) - count
-        self.slot, self.width = torch.arange(len(prompt), device=prompt.device) - start[prompt], int(count.max())
+        self.prompt, self.hidden, self.width = prompt, hidden, int(count.max())
+        self.slot = torch.arange(len(prompt), device=prompt.device) - (count.cumsum(0) - count)[prompt]
 
 
 class DecodeCache(Cache):
@@ -104,17 +102,16 @@ class DecodeCache(Cache):
         self.where = Places(prompt, hidden)
 
     def keep_rows(self, alive):
-        """Drop responses that have ended; alive (rows,) bool."""
-        old, hidden = self.where, self.where.hidden
-        prompts, number = old.prompt[alive].unique(return_inverse=True)
+        """Drop responses that have ended; alive (rows,), 1 = goes on."""
+        old, hidden = (self.where.prompt[alive], self.where.slot[alive]), self.where.hidden
+        prompts, number = old[0].unique(return_inverse=True)
         self.where = Places(number, hidden if hidden is None else hidden[prompts])
-        moved = Places.__new__(Places)
-        moved.prompt, moved.slot = old.prompt[alive], old.slot[alive]
         for layer in self.layers:
-            layer.keep(prompts, moved, self.where)
+            layer.keep(prompts, old, self.where)
 
 
 def shared_attention(module, query, key, value, attention_mask, scaling, decode, **kwargs):
+    """What transformers calls for each layer inside `decoding`."""
     return decode.layers[module.layer_idx].attend(decode.where, query, key, value, scaling), None
 
 

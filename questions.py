@@ -80,8 +80,9 @@ def place(obj, mark):
 
 
 def squared_distance(a, b):
-    """Derivation of |a - b|^2 in tenths, every number rounded to one decimal as written; and the sum. The coordinates are
-    written again, p~q=|p - q|: to find them and to subtract them in one step is what a tiny model gets wrong."""
+    """Derivation of |a - b|^2 in tenths, every number rounded to one decimal as written; and the sum.
+
+    The coordinates are written again, p~q=|p - q|: to find and to subtract them in one step is beyond a tiny model."""
     d = [abs(p - q) for p, q in zip(a, b)]
     squares = [(v * v + 5) // 10 for v in d]
     text = " ".join(f"{meters(p)}~{meters(q)}={meters(v)}" for p, q, v in zip(a, b, d))

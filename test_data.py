@@ -31,6 +31,7 @@ import rewards
 import run
 import scenes
 import sft
+import transfer
 
 REAL = Path(__file__).parent.parent / "shared" / "realdata" / "scenes" / "scenes.jsonl"
 SEEDS, NUMERIC = range(60), ("depth", "move", "distance", "count")
@@ -525,6 +526,26 @@ def test_the_ablations_take_their_part_of_the_blends():
         blend = data.rl_blend(4, 10**8, 96, path)
         assert [name for name, *_ in blend] == [f"{path}_region", f"{path}_general"]
         assert {data.path_of(row) for _, rows, _ in blend for row in (rows[0], rows[1])} == {path}
+
+
+def test_other_worlds_differ_as_they_say_and_the_answers_stay_exact():
+    rows = {world: eval.held_out(22, 96, world=world) for world in ("", *transfer.WORLDS)}
+    fov = lambda row: 2 * math.degrees(math.atan(96 / 2 / row["intrinsics"][0]))
+    assert all(50 <= fov(row) <= 80 for row in rows[""]) and all(85 <= fov(row) <= 100 for row in rows["view"])
+    pictures = [(rows[world][0]["image"], world) for world in rows]
+    assert len({image.tobytes() for image, world in pictures if world != "wording"}) == len(rows) - 1
+    assert all(len(part) == 44 for part in rows.values())
+    counts = [row["answer"] for row in rows["crowd"] if row["task"] == "count"]
+    assert set(counts) == {"6"}
+    plain, other = (eval.held_out(220, 96, world=world) for world in ("", "wording"))
+    for row, same in zip(plain, other):
+        one, two = row["conversations"][0]["value"], same["conversations"][0]["value"]
+        assert one != two and row["answer"] == same["answer"] and row["id"] == same["id"]
+        assert options_of(one) == options_of(two) and one.count("<mask>") == two.count("<mask>")
+        named = [sorted(re.findall(r"\w+ bbox <mask>|\d+\.\d", text)) for text in (one, two)]
+        assert named[0] == named[1]
+    with pytest.raises(ValueError, match="no other words"):
+        transfer.reword("Why?")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from test_model import ROWS, make_config, make_model, make_processor, make_tokenizer, whole
+from test_model import ROWS, make_config, make_model, make_processor, make_tokenizer
 
 import checkpoint
 import data
@@ -32,7 +32,6 @@ import grpo
 import plan
 import run
 import sft
-import watch
 from model import LoRALinear, RegionVLM, add_adapters, adapters_off, merge, token_logprobs
 
 CPU = torch.device("cpu")
