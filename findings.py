@@ -109,8 +109,8 @@ def curves(pattern, x, y, width, height):
         band = [*zip(xs, v.max(0)), *zip(xs[::-1], v.min(0)[::-1])]
         out += f'<polygon points="{points(band)}" fill="{color}" opacity="0.18"/>'
         out += f'<polyline points="{points(zip(xs, v.mean(0)))}" fill="none" stroke="{color}" stroke-width="2"/>'
-        out += f'<rect x="{x + 4 + 150 * i}" y="{y + height + 26}" width="10" height="10" fill="{color}"/>'
-        out += text(x + 18 + 150 * i, y + height + 35, name)
+        out += f'<rect x="{x + 95 * i}" y="{y + height + 26}" width="10" height="10" fill="{color}"/>'
+        out += text(x + 14 + 95 * i, y + height + 35, name)
     return out + text(x, y + height + 16, "step 0", 11) + text(x + width, y + height + 16, str(length), 11, "end")
 
 

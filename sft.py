@@ -160,9 +160,10 @@ def sources_of(settings, size):
     if settings.blend not in ("all", "cot", "grounding", "none"):
         raise run.UserError(f"--blend {settings.blend}: needs all, cot, grounding or none")
     world = data.cold_start_blend(settings.traces, settings.world_scenes, settings.seed * 10**6, size)
-    wanted = {"all": ("cot", "grounding"), "none": ()}.get(settings.blend, (settings.blend,))
-    kind = lambda source: "grounding" if source[1].kind == "grounding" else "cot"
-    return data.user_sources(settings) or [source for source in world if kind(source) in wanted]
+    is_trace = lambda name: name.startswith(("lor_", "dtr_"))
+    wanted = {"all": world, "cot": [source for source in world if is_trace(source[0])], "none": [],
+              "grounding": [source for source in world if not is_trace(source[0])]}
+    return data.user_sources(settings) or wanted[settings.blend]
 
 
 def main():
