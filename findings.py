@@ -65,7 +65,7 @@ def table(title, heads, lines):
     print(f"\n| {title} | n | " + " | ".join(heads) + " |\n|" + "---|" * (len(heads) + 2))
     for name, count, cells in lines:
         sign = "+" * title.startswith("minus")
-        half = lambda width: f" ± {width:.3f}" if width else ""                              # one seed's median has none
+        half = lambda width: f" ± {width:.3f}" if width else ""                             # one seed's median has none
         texts = [f"{mean:{sign}.3f}{half(width)}" if np.isfinite(mean) else "–" for mean, width in cells]
         print(f"| {name} | {count} | " + " | ".join(texts) + " |")
 
