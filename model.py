@@ -16,10 +16,9 @@ import math
 import torch
 from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from prefix import BranchKV, DecodeCache, decoding, forward_prompts
+from prefix import BranchCache, DecodeCache, forward_prompts, sharing
 
 UNIT = 4.0                                                  # metres: brings rooms to the paper's range, about -1 to 1
 BANDS = 8                                                   # sin, cos of 2^k x, k = 0..7: wavelengths 25 m to 0.2 m
@@ -128,11 +127,11 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, pixel_values=None,
                 image_grid_thw=None, mm_token_type_ids=None, points=None, regions=None, features=None, logits_to_keep=0,
-                decode=None, **kwargs):
+                cache=None, **kwargs):
         """The stock forward; with `points`, `regions` or the `features` of `encode_images`, the patched one.
 
         features {}: no pictures, those of the prompt are in the cache. logits_to_keep: the last so many positions, or
-        a mask (B, L), 1 = wanted -> logits (wanted, V). decode: the cache of a rollout (prefix.py).
+        a mask (B, L), 1 = wanted -> logits (wanted, V). cache: what to attend through inside `sharing` (prefix.py).
         """
         if points is None and regions is None and features is None:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
@@ -153,7 +152,7 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
             embeds = fill(embeds, input_ids == self.config.region_token_id, features["regions"], "<mask> tokens")
         out = self.model.language_model(inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids,
                                         past_key_values=past_key_values, **pictures,
-                                        **({} if decode is None else {"decode": decode}))
+                                        **({} if cache is None else {"cache": cache}))
         logits = self.lm_head(out.last_hidden_state[:, -logits_to_keep:] if isinstance(logits_to_keep, int)
                               else out.last_hidden_state[logits_to_keep])
         return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
@@ -255,7 +254,7 @@ def rollout(model, prompts, group, max_new_tokens, stop_ids, banned, temperature
     alive = torch.ones_like(rows, dtype=torch.bool)
     tokens = position.new_zeros(len(rows), max_new_tokens)
     mask, logprobs = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=tokens.device)
-    with decoding(model):
+    with sharing(model):
         for t in range(max_new_tokens):
             scores = allowed_logits(logits, banned, temperature or 1.0).log_softmax(-1)      # (rows, V)
             if temperature == 0:
@@ -274,7 +273,7 @@ def rollout(model, prompts, group, max_new_tokens, stop_ids, banned, temperature
                 cache.keep_rows(alive)
                 rows, new, position, alive = (x[alive] for x in (rows, new, position, alive))
             out = model(new[:, None], None, position.expand(3, -1, -1), past_key_values=cache, features={},
-                        decode=cache)
+                        cache=cache)
             logits, position = out.logits[:, -1], position + 1
     length = int(mask.sum(1).max())
     return tokens[:, :length], mask[:, :length], logprobs[:, :length], features
@@ -327,10 +326,13 @@ def token_logprobs(model, prompts, features, tokens, mask, banned, temperature=1
     scores = TokenScores.apply(first[:, -1].repeat_interleave(group, 0), tokens[:, 0], banned, temperature)
     steps = max(1, tokens.shape[1] - 1)                     # never no pass: ranks must run as many, or they hang
     here = nn.functional.pad(mask, (0, 1))[:, 1:steps + 1].bool()                            # (B*G, steps), 1 = wanted
-    seen = torch.cat([prompts["attention_mask"].repeat_interleave(group, 0), mask[:, :steps]], 1)
     position = position.repeat_interleave(group, 0) + torch.arange(steps, device=tokens.device)
-    logits = model(tokens[:, :steps], seen, position.expand(3, -1, -1), features={}, logits_to_keep=here,
-                   past_key_values=Cache(layers=[BranchKV(layer, group) for layer in layers])).logits
+    copies = tokens.is_cuda or getattr(model.model.language_model, "gradient_checkpointing", False)
+    cache = BranchCache(layers, group, prompts["attention_mask"], copies)
+    seen = torch.cat([prompts["attention_mask"].repeat_interleave(group, 0), mask[:, :steps]], 1) if copies else None
+    with contextlib.nullcontext() if copies else sharing(model):
+        logits = model(tokens[:, :steps], seen, position.expand(3, -1, -1), features={}, logits_to_keep=here,
+                       past_key_values=cache, cache=None if copies else cache).logits
     rest = TokenScores.apply(logits, tokens[:, 1:][here[:, :tokens.shape[1] - 1]], banned, temperature)
     spread = (one.new_zeros(here.shape).masked_scatter(here, one) for one in rest)           # back to (B*G, steps)
     return tuple(torch.cat([one[:, None], more], 1)[:, :tokens.shape[1]] for one, more in zip(scores, spread))

@@ -54,9 +54,10 @@ def memory(model, settings, world, cuda, prompt=0):
               "activations": tokens * kept, "logits": answers * text.vocab_size * (16 + 2 * compute)}
     rollout = {}
     if rl:
-        rows = (settings.rollout_prompts or settings.prompts // world) * settings.group_size
-        cache = 2 * keys * compute * text.num_hidden_layers * (prompt + settings.max_new_tokens)
-        rollout = {"whole weights": compute * total, "KV cache": rows * cache, "logits": 12 * rows * text.vocab_size}
+        prompts = settings.rollout_prompts or settings.prompts // world
+        cache = 2 * keys * compute * text.num_hidden_layers * prompts * (prompt + group)     # a prompt's only once
+        rollout = {"whole weights": compute * total, "KV cache": cache,
+                   "logits": 12 * prompts * settings.group_size * text.vocab_size}
     return {"always": always, "rollout": rollout, "update": update}
 
 

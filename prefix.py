@@ -1,13 +1,17 @@
 """Key-value caches in which a prompt is computed once for all of its responses, in training and in sampling.
 
 training    PromptKV remembers the prompt's keys and values, BranchKV shows them to its G responses, with gradient.
-sampling    DecodeKV keeps the prompt's keys and values once and each response's own beside them. A step multiplies the
-            queries of the whole group with the prompt's keys: they are read once a group, not once a response, and
-            never copied. Stock attention would copy them for each response and each query head, at every token.
+sampling    DecodeKV keeps the prompt's keys and values once and each response's own beside them.
 
-Dimensions: B prompts, G responses per prompt, L prompt tokens, H heads, K key-value heads, D head width.
+Both multiply the queries of the whole group with the prompt's keys: they are read once a group, not once a response,
+and never copied. Stock attention needs copies, one for each response and each query head. In training its kernels are
+worth that on CUDA; and with activation checkpointing, whose second pass calls stock attention.
+
+Dimensions: B prompts, G responses per prompt, N = B G, L prompt tokens, T response tokens, H heads, K key-value heads,
+D head width.
 """
 import contextlib
+import math
 
 import torch
 from transformers import AttentionInterface
@@ -23,15 +27,97 @@ class PromptKV(DynamicLayer):
 
 
 class BranchKV(DynamicLayer):
-    """A prompt's keys and values seen by its G responses, read-only; gradients flow back into the prompt."""
+    """A prompt's keys and values (B, K, L, D), read-only for its G responses; gradients flow back into the prompt."""
 
-    def __init__(self, prompt, group):
+    def __init__(self, prompt, group, copies):
         super().__init__()
-        self.keys, self.values, self.group, self.is_initialized = prompt.keys, prompt.values, group, True
+        self.keys, self.values, self.is_initialized = prompt.keys, prompt.values, True
+        self.group, self.copies = group, copies
 
-    def update(self, keys, values, *args, **kwargs):        # the wide copies are made here, a layer at a time
+    def update(self, keys, values, *args, **kwargs):
+        if not self.copies:
+            return keys, values                             # `attend` finds the prompt's by itself
         return tuple(torch.cat([prompt[:, None].expand(-1, self.group, -1, -1, -1).flatten(0, 1), new], 2)
-                     for prompt, new in ((self.keys, keys), (self.values, values)))
+                     for prompt, new in ((self.keys, keys), (self.values, values)))          # a layer at a time
+
+    def attend(self, hidden, query, key, value, scaling):
+        """Attention of whole responses: query (N, H, T, D), key and value (N, K, T, D) -> (N, T, H, D)"""
+        prompts, kv, _, depth = self.keys.shape
+        count, heads, length, _ = query.shape
+        own = (x.view(prompts, self.group, kv, -1, length, depth).transpose(1, 2).reshape(
+            prompts * kv, self.group, -1, depth) for x in (query * scaling, key, value))     # heads of the same keys
+        hidden = hidden if hidden is None else hidden.repeat_interleave(kv, 0)[:, None, None]
+        out = BranchAttention.apply(*own, self.keys.flatten(0, 1), self.values.flatten(0, 1), hidden)
+        out = out.view(prompts, kv, self.group, heads // kv, length, depth)
+        return out.permute(0, 2, 4, 1, 3, 5).reshape(count, length, heads, depth)
+
+
+class BranchAttention(torch.autograd.Function):
+    """softmax([far, near]) [values of the prompt, own values]; far: query . the prompt's keys, near: own keys, causal.
+
+    A piece at a time, whose scores stay in the processor's cache, and again in the backward pass: only their logsumexp
+    is kept. query (P, G, M, D) with P = B K and M = H/K T; key, value (P, G, T, D); the prompt's (P, L, D).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, prompt_key, prompt_value, hidden):
+        out, norm = torch.empty_like(query), query.new_empty(*query.shape[:-1], 1)
+        parts, (room,) = pieces(query, prompt_key, 1)
+        for p, i in parts:
+            far, near = branch_scores(query[i], key[i], prompt_key[p], hidden, p, room)
+            top = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True))
+            far, near = far.sub_(top).exp_(), near.sub_(top).exp_()
+            mass = far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
+            out[i] = (through(far, prompt_value[p]) + near @ value[i]).div_(mass)
+            norm[i] = mass.log_().add_(top)
+        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, hidden, out, norm)
+        return out
+
+    @staticmethod
+    def backward(ctx, slope):
+        query, key, value, prompt_key, prompt_value, hidden, out, norm = ctx.saved_tensors
+        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
+        d_keys, d_values = (torch.zeros_like(x.mT) for x in (prompt_key, prompt_value))      # (P, D, L), faster so
+        parts, (room, more) = pieces(query, prompt_key, 2)
+        for p, i in parts:
+            far, near = branch_scores(query[i], key[i], prompt_key[p], hidden, p, room)
+            far, near = far.sub_(norm[i]).exp_(), near.sub_(norm[i]).exp_()                  # weights
+            d_values[p] += slope[i].flatten(1, 2).mT @ far.flatten(1, 2)
+            d_value[i] = near.mT @ slope[i]
+            mean = (slope[i] * out[i]).sum(-1, keepdim=True)
+            far = through(slope[i], prompt_value[p].mT, more).sub_(mean).mul_(far)           # gradients of the scores
+            near = (slope[i] @ value[i].mT).sub_(mean).mul_(near)
+            d_query[i] = through(far, prompt_key[p]) + near @ key[i]
+            d_keys[p] += query[i].flatten(1, 2).mT @ far.flatten(1, 2)
+            d_key[i] = near.mT @ query[i]
+        return d_query, d_key, d_value, d_keys.mT, d_values.mT, None
+
+
+def pieces(query, prompt_key, rooms, scores=2**19):
+    """-> [(slice of P, slices of P and G), ..] of about so many scores each, few enough for a cache and many enough for
+    a product; and this many rooms for the scores: memory that is new each time would take longer than the product."""
+    one = query.shape[2] * prompt_key.shape[1]              # of a response
+    group = min(max(1, scores // one), query.shape[1])
+    prompts = min(max(1, scores // (one * query.shape[1])), len(query))
+    parts = [(slice(p, p + prompts), (slice(p, p + prompts), slice(g, g + group)))
+             for p in range(0, len(query), prompts) for g in range(0, query.shape[1], group)]
+    return parts, query.new_empty(rooms, prompts * group * one)
+
+
+def through(x, matrix, room=None):
+    """x (P, G, M, .) @ matrix (P, ., .): one product for all responses to a prompt, written into `room`."""
+    shape = len(x), x.shape[1] * x.shape[2], matrix.shape[-1]
+    out = None if room is None else room[:math.prod(shape)].view(shape)
+    return torch.bmm(x.flatten(1, 2), matrix, out=out).view(*x.shape[:-1], -1)
+
+
+def branch_scores(query, key, prompt_key, hidden, p, room):
+    """Scores of some responses: far (P, G, M, L), in `room`, and near (P, G, M, T)."""
+    far, near = through(query, prompt_key.mT, room), query @ key.mT
+    if hidden is not None:
+        far += hidden[p]
+    later = torch.ones(near.shape[-1:] * 2, dtype=torch.bool, device=near.device).triu_(1)
+    return far, near.masked_fill_(later.repeat(near.shape[2] // len(later), 1), -torch.inf)
 
 
 class DecodeKV(DynamicLayer):
@@ -89,17 +175,22 @@ class Places:
         self.slot = torch.arange(len(prompt), device=prompt.device) - (count.cumsum(0) - count)[prompt]
 
 
+class BranchCache(Cache):
+    """The caches of all layers for whole responses. `attention_mask` (B, L): of the prompts."""
+
+    def __init__(self, layers, group, attention_mask, copies):
+        super().__init__(layers=[BranchKV(layer, group, copies) for layer in layers])
+        self.where = hide_padding(attention_mask, layers[0].keys.dtype)
+
+
 class DecodeCache(Cache):
     """The caches of all layers while responses are sampled. `attention_mask` (B, L): of the prompts."""
 
     def __init__(self, layers, group, room, attention_mask):
         super().__init__(layers=[DecodeKV(layer, group, room) for layer in layers])
-        hidden = None
-        if not attention_mask.all():                        # without padding nothing is to be hidden
-            hidden = torch.zeros_like(attention_mask, dtype=layers[0].keys.dtype)
-            hidden = hidden.masked_fill(attention_mask == 0, -torch.inf)[:, None, None, None]
+        hidden = hide_padding(attention_mask, layers[0].keys.dtype)
         prompt = torch.arange(len(attention_mask), device=attention_mask.device).repeat_interleave(group)
-        self.where = Places(prompt, hidden)
+        self.where = Places(prompt, hidden if hidden is None else hidden[:, None, None, None])
 
     def keep_rows(self, alive):
         """Drop responses that have ended; alive (rows,), 1 = goes on."""
@@ -110,17 +201,24 @@ class DecodeCache(Cache):
             layer.keep(prompts, old, self.where)
 
 
-def shared_attention(module, query, key, value, attention_mask, scaling, decode, **kwargs):
-    """What transformers calls for each layer inside `decoding`."""
-    return decode.layers[module.layer_idx].attend(decode.where, query, key, value, scaling), None
+def hide_padding(attention_mask, dtype):
+    """-> (B, L), -inf at the padding of the prompts, else 0; None if there is none."""
+    if attention_mask.all():
+        return None
+    return torch.zeros_like(attention_mask, dtype=dtype).masked_fill_(attention_mask == 0, -torch.inf)
+
+
+def shared_attention(module, query, key, value, attention_mask, scaling, cache, **kwargs):
+    """What transformers calls for each layer inside `sharing`."""
+    return cache.layers[module.layer_idx].attend(cache.where, query, key, value, scaling), None
 
 
 AttentionInterface.register("shared_prompt", shared_attention)
 
 
 @contextlib.contextmanager
-def decoding(model):
-    """Inside, the language model attends through a DecodeCache, passed to its forward as `decode`."""
+def sharing(model):
+    """Inside, the language model attends through a BranchCache or DecodeCache, passed to its forward as `cache`."""
     config = model.model.language_model.config
     before, config._attn_implementation = config._attn_implementation, "shared_prompt"
     try:

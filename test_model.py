@@ -22,6 +22,7 @@ from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen3VLConfig
 import data
 import eval
 import model as model_file
+import prefix
 import run
 from model import RegionVLM, point_map, region_weights, rollout, to_patches, token_logprobs
 
@@ -485,6 +486,35 @@ def test_T29_shared_prefix_equals_one_full_forward_a_response(dtype, tolerance, 
                 assert error < 10 * tolerance, (name, checkpointing, float(error))
 
 
+@pytest.mark.parametrize("scores", [1, 150, 500, 10**6])    # a response, several, a prompt, all at a time
+@pytest.mark.parametrize("padding", [False, True])
+def test_attention_of_branches_equals_softmax_over_prompt_and_past(scores, padding, monkeypatch):
+    monkeypatch.setattr(prefix.pieces, "__defaults__", (scores,))
+    torch.manual_seed(0)
+    prompts, kv, group, share, steps, length, depth = 2, 2, 3, 2, 5, 7, 4
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    query = draw(prompts * group, kv * share, steps, depth)
+    key, value = draw(prompts * group, kv, steps, depth), draw(prompts * group, kv, steps, depth)
+    layer = prefix.PromptKV()
+    layer.update(draw(prompts, kv, length, depth), draw(prompts, kv, length, depth))
+    mask = torch.ones(prompts, length, dtype=torch.long)
+    mask[0, :3 * padding] = 0
+    cache = prefix.BranchCache([layer], group, mask, copies=False)
+    out = cache.layers[0].attend(cache.where, query, key, value, 0.3)
+    expected = torch.empty_like(out)
+    for n in range(prompts * group):
+        real = mask[n // group].bool()
+        for h in range(kv * share):
+            for t in range(steps):
+                keys, values = (torch.cat([past[n // group, h // share][real], own[n, h // share, :t + 1]])
+                                for past, own in ((layer.keys, key), (layer.values, value)))
+                expected[n, t, h] = (0.3 * keys @ query[n, h, t]).softmax(0) @ values
+    torch.testing.assert_close(out, expected)
+    weight, inputs = torch.randn_like(out), (query, key, value, layer.keys, layer.values)
+    for got, wanted in zip(*(torch.autograd.grad((x * weight).sum(), inputs) for x in (out, expected))):
+        torch.testing.assert_close(got, wanted)
+
+
 @pytest.mark.parametrize("length", [1, 2, 7])
 def test_T28_scoring_runs_as_many_passes_for_responses_of_one_token(length, tokenizer, samples, banned):
     model, calls = make_model(tokenizer), []
@@ -519,7 +549,7 @@ def test_scoring_holds_one_tensor_as_wide_as_the_vocabulary(tokenizer, samples, 
             logprobs.sum().backward()
     finally:
         model_file.slices = slices
-    assert list(largest.values()) == [(int(mask[:, 1:].sum()), width)]                       # logits, then their gradient
+    assert list(largest.values()) == [(int(mask[:, 1:].sum()), width)]           # logits, then their gradient
 
 
 def test_T26_entropy_of_uniform_logits_is_the_log_of_the_number_of_allowed_tokens(tokenizer, samples, banned):

@@ -30,6 +30,7 @@ import data
 import eval
 import grpo
 import plan
+import prefix
 import run
 import sft
 from model import LoRALinear, RegionVLM, add_adapters, adapters_off, merge, token_logprobs
@@ -606,9 +607,11 @@ def test_the_plan_counts_what_is_there(tokenizer):
     assert parts["always"]["gradients"] == 2 * size(p.grad for p in trained)                 # whole, and reduced
     moments = size(v for state in optimizer.state.values() for k, v in state.items() if k != "step")
     assert parts["always"]["optimizer"] == moments
-    text, rows = model.config.text_config, settings.prompts * settings.group_size
-    cache = torch.zeros(text.num_hidden_layers, 2, rows, text.num_key_value_heads, 50 + settings.max_new_tokens, 16)
-    assert parts["rollout"]["KV cache"] == size([cache])
+    text, prompt = model.config.text_config, prefix.PromptKV()
+    prompt.update(*torch.zeros(2, settings.prompts, text.num_key_value_heads, 50, 16))
+    cache = prefix.DecodeCache([prompt] * text.num_hidden_layers, settings.group_size, settings.max_new_tokens,
+                               torch.ones(settings.prompts, 50))
+    assert parts["rollout"]["KV cache"] == size(x for layer in cache.layers for x in layer.prompt + layer.own)
     half = plan.memory(model, settings, 2, False, prompt=50)["always"]
     assert half["optimizer"] == moments / 2 and half["weights"] == size(model.parameters()) / 2
 
