@@ -17,7 +17,7 @@ from zlib import crc32
 import numpy as np
 from tqdm import tqdm
 
-from questions import MARKS, NEEDS, REGION, box_line, finish, grounding, questions, rounded, tenths
+from questions import MARKS, NEEDS, REGION, TEXT_ONLY, box_line, finish, grounding, questions, rounded, tenths
 from rewards import accuracy_reward, detection_reward, extract_answer, format_reward
 from scenes import BadInput, check, numbers, project, read_lines, read_scene, unproject
 
@@ -117,7 +117,7 @@ def fault(row):
 
 
 def scene_rows(line, where, number, args):
-    """Questions about one annotated picture: --rounds of each family, but for the one that needs no picture."""
+    """Questions about one annotated picture: --rounds of each family, but for those that need no picture."""
     folder = Path(args.scenes).parent
     scene = read_scene(line, where, folder)
     files = {field: link(line[field], folder, f"{number:06d}{end}", args)
@@ -128,7 +128,7 @@ def scene_rows(line, where, number, args):
     for k in range(args.rounds):
         seed = 1000 * args.seed + k
         more = [] if args.rl else grounding(scene, seed, args.sensor)
-        for row in questions(scene, seed, args.sensor) + [row for row in more if row["task"] != "derive"]:
+        for row in questions(scene, seed, args.sensor) + [row for row in more if row["task"] not in TEXT_ONLY]:
             yield {**{key: value for key, value in row.items() if key not in ("source", "depth")}, **files}
 
 

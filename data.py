@@ -264,11 +264,13 @@ def cold_start_blend(traces, scenes, first, size):
 
 
 def rl_blend(count, first, size, path="both"):
-    """Fresh questions with exact answers for GRPO, none twice, for one path or both."""
+    """Fresh questions with exact answers for GRPO, none twice, for one path or both. LOR is asked for lengths more often
+    than for letters: they are what the cold start's annotation is wrong about, and DTR's centres hold them anyway."""
     region, general = questions.REGION, questions.GENERAL
-    parts = [("lor_region", "lor", region, 3), ("lor_general", "lor", general, 2), ("dtr_region", "dtr", region, 4),
-             ("dtr_general", "dtr", general, 1)]
-    return [(name, World(kind, tasks, first + 10**6 * i, count * share, 1, size), 1.0)
+    parts = [("lor_lengths", "lor", ["depth", "move", "distance"], 3), ("lor_region", "lor", region, 1),
+             ("lor_general", "lor", general, 1), ("dtr_region", "dtr", region, 4), ("dtr_general", "dtr", general, 1)]
+    apart = max(10**6, 4 * count)                           # no two sources ask about the same scene
+    return [(name, World(kind, tasks, first + apart * i, count * share, 1, size), 1.0)
             for i, (name, kind, tasks, share) in enumerate(parts) if path in (kind, "both")]
 
 

@@ -50,13 +50,14 @@ class Settings:
     detection: str = setting("shared", "DTR's detection reward: shared: divided by objects or boxes (the more); "
                                        "boxes: by boxes, as the release does; none: 0.8 accuracy + 0.2 format")
     seed: int = setting(0, "seed of data order and sampling")
-    steps: int = setting(80, "rollout steps (paper: 600)")
+    steps: int = setting(120, "rollout steps (paper: 600)")
     prompts: int = setting(0, "prompts a step, all ranks together; 0: by --size, tiny 48 (paper: 512)")
     group_size: int = setting(8, "responses a prompt, G (paper: n = 5)")
     minibatches: int = setting(4, "optimizer steps a rollout step, one pass over the responses (paper: 4)")
     temperature: float = setting(1.0, "of sampling and of the scored distribution (paper: 1.0)")
     max_new_tokens: int = setting(160, "longest response (paper: 2048)")
-    lr: float = setting(4e-5, "constant learning rate (paper: 1e-6 at 8 B parameters)")
+    lr: float = setting(0.0, "constant learning rate; 0: 4e-5; 1e-6 above 0.3 B parameters, the paper's; with --lora "
+                             "1e-5")
     weight_decay: float = setting(0.01, "of AdamW (paper: 0.01)")
     clip: float = setting(1.0, "largest gradient norm (paper: 1.0)")
     clip_low: float = setting(0.2, "ratio is clipped at 1 - this (paper: 0.2)")
@@ -72,7 +73,8 @@ class Settings:
     micro_tokens: int = setting(6144, "most tokens, with padding, of one training pass on a rank; bounds memory")
     checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); a third slower")
     attention: str = setting("auto", "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed")
-    questions: int = setting(1320, "held-out questions of the evaluation, each on both paths; 0: no evaluation")
+    questions: int = setting(-1, "held-out questions of the embedded world to evaluate on, on both paths; 0: no "
+                                 "evaluation; -1: 1320, or none with --data or --scenes")
     show_every: int = setting(10, "steps between printed responses")
     save_every: int = setting(20, "steps between checkpoints, and one at the end; 0: only when stopped by a signal")
     keep: int = setting(2, "checkpoints to keep, the newest ones")
@@ -158,6 +160,12 @@ def keep_group(group, settings):
     return {"spread": std > settings.min_std, "mean": 0.2 < mean < 0.99, "none": True}[settings.filter]
 
 
+def mini_batches(groups, count):
+    """Groups in `count` runs of neighbours. The blend interleaves its sources evenly, so that each run holds all of
+    them; every count-th group would not."""
+    return [groups[len(groups) * k // count:len(groups) * (k + 1) // count] for k in range(count)]
+
+
 def micro_batches(groups, max_tokens):
     """Groups sorted by length, cut where a pass would exceed max_tokens with its padding. A group is never split."""
     prompt, response = lambda g: len(g["sample"]["prompt"]), lambda g: g["mask"].sum(1).max().item()
@@ -236,6 +244,7 @@ def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banne
 def train(settings, model, tokenizer, processor, rows, device):
     """The whole RL stage on a blend of rows. -> the trained (sharded) model"""
     local, reference = settings.prompts // run.world(), None
+    settings.lr = settings.lr or (4e-5 if not run.is_large(model) else 1e-5 if settings.lora else 1e-6)
     if settings.kl > 0 and not settings.lora:
         reference = run.shard(run.freeze(copy.deepcopy(model), device), device).eval()
     if settings.lora:
@@ -277,9 +286,9 @@ def train(settings, model, tokenizer, processor, rows, device):
         watch.lap("update")
         model_steps = []
         model.train()
-        for k in range(settings.minibatches):
-            stats = optimizer_step(model, reference, optimizer, kept[k::settings.minibatches], seen[0], tokenizer,
-                                   rules[1], settings, device, keeper.finite)
+        for part in mini_batches(kept, settings.minibatches):
+            stats = optimizer_step(model, reference, optimizer, part, seen[0], tokenizer, rules[1], settings, device,
+                                   keeper.finite)
             model_steps += [stats] if stats else []
         report(step, seen, kept, model_steps, keeper.log, bar, settings)
         keeper.after(step + 1, position)
@@ -325,7 +334,7 @@ def cold_start(settings, device):
     """Make settings.model with the code and the settings of sft.py."""
     run.say(f"no cold start in {settings.model}: making one first (sft.py)")
     if settings.size == "tiny" and device.type == "cpu":
-        run.say("the whole run takes 25 to 30 minutes on two cores: cold start 20 to 23, GRPO 5, evaluation 1")
+        run.say("the whole run takes about 30 minutes on two cores: cold start 20 to 23, GRPO 7, evaluation 1")
     made = sft.Settings(out=settings.model, size=settings.size, seed=settings.seed, attention=settings.attention,
                         resume=settings.resume)
     model, tokenizer, processor = run.new_model(made.size, made.seed, made.attention)
@@ -350,11 +359,18 @@ def main():
     if settings.path not in ("lor", "dtr", "both") or settings.detection not in ("shared", "boxes", "none"):
         raise run.UserError(f"--path {settings.path} --detection {settings.detection}: needs lor, dtr or both; shared, "
                             "boxes or none")
+    if settings.filter not in ("spread", "mean", "none"):
+        raise run.UserError(f"--filter {settings.filter}: needs spread, mean or none")
+    if settings.questions < 0:
+        settings.questions = 0 if settings.data or settings.scenes else 1320
     if settings.lora and settings.train_vision:
         raise run.UserError("--lora trains adapters of the language model only; leave --train_vision out")
     if not os.path.isfile(os.path.join(settings.model, "config.json")) and settings.model == "out/sft":
         cold_start(settings, device)
     model, tokenizer, processor = run.load_model(settings.model, settings.attention)
+    if settings.size != "tiny" and model.config.text_config.hidden_size != run.plan_of(settings.size)["text"][0]:
+        raise run.UserError(f"--size {settings.size}: {settings.model} is of another size; make one by sft.py --size "
+                            f"{settings.size} --out DIR, and give it with --model DIR")
     blend = data.Blend(sources_of(settings, run.image_side(processor)), settings.seed)
     held_out = eval.held_out(settings.questions, run.image_side(processor)) if settings.questions else []
     asked = eval.Settings(max_new_tokens=settings.max_new_tokens)

@@ -43,7 +43,8 @@ class Settings:
     steps: int = setting(1300, "optimizer steps of the cold start (paper: 2 epochs)")
     batch: int = setting(0, "rows an optimizer step, all ranks together; 0: by --size, tiny 64 (paper: 512)")
     micro_tokens: int = setting(2048, "most tokens, with padding, of one forward pass on a rank; bounds memory")
-    lr: float = setting(0.0, "peak learning rate, cosine to 0; 0: by --size, tiny 2e-3 (paper: 5e-6, pretrained model)")
+    lr: float = setting(0.0, "peak learning rate, cosine to 0; 0: by --size, tiny 2e-3; 5e-6 above 0.3 B parameters, "
+                             "the paper's")
     warmup: float = setting(0.03, "share of the steps (paper: 0.03)")
     weight_decay: float = setting(0.0, "of AdamW (paper: 0)")
     beta2: float = setting(0.98, "of AdamW; short runs forget gradients sooner (paper: 0.999)")
@@ -135,6 +136,7 @@ def fit(settings, model, tokenizer, processor, sources, steps, device, keeper, t
 
 def train(settings, model, tokenizer, processor, sources, device):
     """The whole stage: for a new model some perception first, then the cold start. -> the trained (sharded) model"""
+    settings.lr = settings.lr or (5e-6 if run.is_large(model) else 0.0)
     run.by_size(settings, batch="batch", lr="sft_lr")
     if settings.steps < 1:
         raise run.UserError("--steps: needs at least 1")

@@ -524,7 +524,8 @@ def test_the_ablations_take_their_part_of_the_blends():
     assert len(names("grounding")) == 10
     for path in ("lor", "dtr"):
         blend = data.rl_blend(4, 10**8, 96, path)
-        assert [name for name, *_ in blend] == [f"{path}_region", f"{path}_general"]
+        assert [name for name, *_ in blend] == ["lor_lengths"] * (path == "lor") + [f"{path}_region", f"{path}_general"]
+        assert sum(len(rows) for _, rows, _ in blend) == 4 * 5                               # half of both, for each
         assert {data.path_of(row) for _, rows, _ in blend for row in (rows[0], rows[1])} == {path}
 
 

@@ -105,7 +105,8 @@ def command_line(monkeypatch, capsys, program, words, processes=1):
     ("sft --steps 0", 1), ("grpo --steps 0", 1), ("grpo --group_size 1", 1), ("sft --batch 3", 2),
     ("grpo --prompts 3", 2),
     ("sft --size huge", 1), ("grpo --size huge", 1), ("sft --blend half", 1), ("grpo --path up", 1),
-    ("grpo --detection off", 1), ("eval --path up", 1), ("eval --world up", 1), ("eval --compare nothing.json", 1),
+    ("grpo --detection off", 1), ("grpo --filter most", 1), ("eval --path up", 1), ("eval --world up", 1),
+    ("eval --compare nothing.json", 1),
     ("sft --attention fast", 1), ("sft --attention flash", 1), ("sft --data nothing.json", 1),
     ("sft --model no/such/folder", 1), ("grpo --model no/such/folder", 1),
     ("eval --model no/such/folder", 1), ("eval --model EMPTY", 1), ("sft --out FILE/out", 1)])
@@ -117,6 +118,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(line, processes, monkeypatch, cap
     code, lines = command_line(monkeypatch, capsys, PROGRAMS[name], [flag, value, *safe], processes)
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
     assert flag in lines[0] or value in lines[0]            # names the culprit
+
+
+def test_a_size_that_the_model_has_not_is_one_line_and_exit_code_2(trained, monkeypatch, capsys, tmp_path):
+    words = ["--size", "small", "--model", trained / "sft", "--out", tmp_path / "out"]
+    code, lines = command_line(monkeypatch, capsys, grpo, words)
+    assert code == 2 and len(lines) == 1 and "--size small" in lines[0] and str(trained / "sft") in lines[0]
 
 
 @pytest.mark.parametrize("harm", ["cut off", "removed"])

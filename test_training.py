@@ -296,6 +296,15 @@ def test_T3_the_naive_loop_of_the_bench_gives_the_same_loss_and_gradients(micro,
     assert_same_step(step, (loss, mask.sum(), wanted), number_of_parameters(tokenizer, False))
 
 
+@pytest.mark.parametrize("kept", [48, 37, 3, 0])
+def test_mini_batches_take_each_group_once_and_hold_the_mixture(kept):
+    blend = grpo.data.rl_blend(48, 0, 96)
+    sources = [grpo.data.Blend([(name, [name] * len(rows), 1.0) for name, rows, _ in blend], 0)[i] for i in range(kept)]
+    parts = grpo.mini_batches(list(enumerate(sources)), 4)
+    assert len(parts) == 4 and sum(parts, []) == list(enumerate(sources))
+    assert kept < 48 or all({source for _, source in part} == {name for name, *_ in blend} for part in parts)
+
+
 def test_micro_batches_bound_the_padded_size():
     generator = torch.Generator().manual_seed(0)
     draw = lambda: int(torch.randint(1, 200, (), generator=generator))
@@ -393,6 +402,23 @@ def cold_start(tokenizer, folder, micro_tokens):
                                    lr=1e-3, clip=1e9, pretrain=0)
     sft.train(settings, make_model(tokenizer), tokenizer, make_processor(), [("rows", start_rows(), 1.0)], CPU)
     return [json.loads(line) for line in open(folder / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("large, lora, cold, rl", [
+    (False, 0, 2e-3, 4e-5), (True, 0, 5e-6, 1e-6), (True, 16, 5e-6, 1e-5)])
+def test_without_lr_a_large_model_learns_at_the_rates_of_the_paper(large, lora, cold, rl, tokenizer, monkeypatch):
+    class Sharding(Exception):
+        pass
+
+    def stop(*args):
+        raise Sharding
+
+    monkeypatch.setattr(run, "is_large", lambda model: large)
+    monkeypatch.setattr(run, "shard", stop)
+    for module, settings, wanted in ((sft, sft.Settings(), cold), (grpo, grpo.Settings(prompts=4, lora=lora), rl)):
+        with pytest.raises(Sharding):
+            module.train(settings, make_model(tokenizer), tokenizer, make_processor(), 2 * start_rows(), CPU)
+        assert settings.lr == wanted
 
 
 @pytest.fixture(scope="module")
