@@ -1,7 +1,7 @@
 """GRPO on both reasoning paths at once (SR-REAL, arXiv 2606.17539, stage 2), after the cold start of sft.py.
 
     torchrun --nproc_per_node 2 grpo.py                # embedded world, two CPU cores: cold start, GRPO, evaluation
-    python grpo.py --model Qwen/Qwen3-VL-4B-Instruct --data rl.json --lora 16 --checkpointing --rollout_prompts 16
+    python grpo.py --model out/sft --data rl.json --lora 16 --checkpointing --rollout_prompts 16         # one card
     torchrun --nproc_per_node 8 grpo.py --model out/sft --data rl.json --checkpointing --rollout_prompts 16 --resume
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 grpo.py ...
 
