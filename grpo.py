@@ -50,7 +50,7 @@ class Settings:
     detection: str = setting("shared", "DTR's detection reward: shared: divided by objects or boxes (the more); "
                                        "boxes: by boxes, as the release does; none: 0.8 accuracy + 0.2 format")
     seed: int = setting(0, "seed of data order and sampling")
-    steps: int = setting(120, "rollout steps (paper: 600)")
+    steps: int = setting(80, "rollout steps (paper: 600)")
     prompts: int = setting(0, "prompts a step, all ranks together; 0: by --size, tiny 48 (paper: 512)")
     group_size: int = setting(8, "responses a prompt, G (paper: n = 5)")
     minibatches: int = setting(4, "optimizer steps a rollout step, one pass over the responses (paper: 4)")
@@ -334,7 +334,7 @@ def cold_start(settings, device):
     """Make settings.model with the code and the settings of sft.py."""
     run.say(f"no cold start in {settings.model}: making one first (sft.py)")
     if settings.size == "tiny" and device.type == "cpu":
-        run.say("the whole run takes about 30 minutes on two cores: cold start 20 to 23, GRPO 7, evaluation 1")
+        run.say("the whole run takes 25 to 30 minutes on two cores: cold start 20 to 23, GRPO 5, evaluation 1")
     made = sft.Settings(out=settings.model, size=settings.size, seed=settings.seed, attention=settings.attention,
                         resume=settings.resume)
     model, tokenizer, processor = run.new_model(made.size, made.seed, made.attention)
