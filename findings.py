@@ -23,7 +23,8 @@ import run
 
 T95 = [np.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]               # Student's t, 1, 2, .. free
 ROWS = [(f"{path.upper()} {pool}: {key}", path, tasks, key) for path in ("lor", "dtr") for pool, tasks, key in (
-    ("region", questions.REGION, "accuracy"), ("general", questions.GENERAL, "accuracy"),
+    ("region", questions.REGION, "accuracy"), ("depths", ["depth", "move"], "accuracy"),
+    ("general", questions.GENERAL, "accuracy"),
     ("all", {**questions.REGION, **questions.GENERAL}, "reward"),
     ("all", {**questions.REGION, **questions.GENERAL}, "format"))]
 ROWS += [("DTR region: detection reward", "dtr", questions.REGION, "detection"),
