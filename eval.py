@@ -10,6 +10,7 @@ centre error (median over the asked-for objects, metres; an object without a box
 import json
 import math
 import os
+import textwrap
 from dataclasses import dataclass
 
 import numpy as np
@@ -286,11 +287,12 @@ def show_pictures(folder, rows, results):
         scale = max(1, round(640 / image.width))
         image = image.resize((image.width * scale, image.height * scale))
         text = f"{result['question']}\ntruth {result['answer']}   reward {result['reward']:.2f}\n{result['response']}"
-        lines = text.count("\n") + 1
-        canvas = Image.new("RGB", (max(image.width, 640), image.height + 20 + 14 * lines), "white")
+        width = max(image.width, 640)
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width // 6)]
+        canvas = Image.new("RGB", (width, image.height + 20 + 14 * len(lines)), "white")
         canvas.paste(image)
         pen = ImageDraw.Draw(canvas)
-        pen.text((6, image.height + 6), text, fill="black")
+        pen.text((6, image.height + 6), "\n".join(lines), fill="black")
         for color, *places in points:
             true, said = (place and scale * np.array(place) for place in places)
             if true is not None:
