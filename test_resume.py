@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import types
 import zlib
@@ -22,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from test_model import ROWS, make_config, make_model, make_processor, make_tokenizer
 
@@ -80,11 +82,13 @@ def start(program, tokenizer, out, more):
 
 def fork():
     """os.fork. A process group that another test has left, collected in the child, would wait for threads that only the
-    parent has: what is garbage goes before, the rest stays."""
+    parent has: what is garbage goes before, the rest stays. And tqdm's lock is one for all forks: a run that is killed
+    while it holds it would stop all later ones."""
     gc.collect()
     pid = os.fork()
     if pid == 0:
         gc.freeze()
+        tqdm.set_lock(threading.RLock())
     return pid
 
 
