@@ -264,8 +264,8 @@ def cold_start_blend(traces, scenes, first, size):
 
 
 def rl_blend(count, first, size, path="both"):
-    """Fresh questions with exact answers for GRPO, none twice, for one path or both. LOR is asked for lengths more often
-    than for letters: they are what the cold start's annotation is wrong about, and DTR's centres hold them anyway."""
+    """Fresh questions with exact answers for GRPO, none twice, for one path or both. LOR is asked for lengths more
+    often than for letters: they are what the cold start's annotation is wrong about; DTR's centres hold them anyway."""
     region, general = questions.REGION, questions.GENERAL
     parts = [("lor_lengths", "lor", ["depth", "move", "distance"], 3), ("lor_region", "lor", region, 1),
              ("lor_general", "lor", general, 1), ("dtr_region", "dtr", region, 4), ("dtr_general", "dtr", general, 1)]

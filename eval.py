@@ -41,8 +41,9 @@ class Settings:
     skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
     questions: int = setting(1320, "embedded world: number of held-out questions; each is asked on both paths")
     world: str = setting("", "another embedded world than the trained one: view, tilt, crowd, shades, wording "
-                             "(transfer.py)")
-    path: str = setting("both", "lor, dtr, both, or auto: dtr for regions and geometry, lor otherwise")
+                             "(transfer.py)", ("", *WORLDS))
+    path: str = setting("both", "lor, dtr, both, or auto: dtr for regions and geometry, lor otherwise",
+                        ("lor", "dtr", "both", "auto"))
     temperature: float = setting(0.0, "0 is greedy (paper: 0.5 during training)")
     max_new_tokens: int = setting(160, "longest response (paper: 2048)")
     batch: int = setting(240, "prompts at once on a rank")
@@ -329,10 +330,6 @@ def compare(files):
 
 def main():
     settings = run.parse(Settings, __doc__)
-    if settings.path not in ("lor", "dtr", "both", "auto"):
-        raise run.UserError(f"--path {settings.path}: needs lor, dtr, both or auto")
-    if settings.world and settings.world not in WORLDS:
-        raise run.UserError(f"--world {settings.world}: needs one of {', '.join(WORLDS)}")
     if settings.bench or settings.score:
         import benchmarks                                   # here, as it imports this file
         return benchmarks.main(settings)

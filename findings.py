@@ -12,7 +12,6 @@ that of the questions, 1.96 standard errors of the questions' means over the see
 import argparse
 import glob
 import json
-import sys
 from html import escape
 
 import numpy as np
@@ -148,39 +147,40 @@ def draw(path, heads, lines, pattern):
     print(f"\nfigure: {path}")
 
 
-def main():
+def show():
+    """The command line: both tables, and the figure if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("columns", nargs="+", metavar="NAME=PATTERN", help="evaluations, one file a seed")
     parser.add_argument("--curves", default="", help="metrics.jsonl of the GRPO runs, a pattern")
     parser.add_argument("--figure", default="", help="SVG file to draw")
     args = parser.parse_args()
-    try:
-        if not all("=" in column for column in args.columns):
-            raise run.UserError("columns: need NAME=PATTERN, such as \"GRPO=out/grpo_*/eval.json\"")
-        heads, patterns = zip(*(column.split("=", 1) for column in args.columns))
-        found, lines, changes = [load(pattern) for pattern in patterns], [], []
-        print("seeds: " + ", ".join(f"{head} {len(seeds)}" for head, seeds in zip(heads, found)))
-        for name, *what in ROWS:
-            all_values = [values(seeds, *what) for seeds in found]
-            if not all(x.size for x in all_values):
-                continue
-            count = sum(r["path"] == what[0] and r["task"] in what[1] for r in found[0][0])
-            lines.append((name, count, [interval(x) for x in all_values]))
-            if all(x.shape == all_values[0].shape and np.isfinite(x).all() for x in all_values):
-                changes.append((name, count, [interval(x - all_values[0]) for x in all_values[1:]]))
-        table("mean", heads, lines)
-        if heads[1:]:
-            table(f"minus {heads[0]}", heads[1:], changes)
-        for head, seeds in zip(heads, found):
-            gaps = [(pool, values(seeds, "dtr", tasks, "accuracy") - values(seeds, "lor", tasks, "accuracy"))
-                    for pool, tasks in (("region", questions.REGION), ("general", questions.GENERAL))]
-            print(f"{head}: accuracy of DTR minus LOR" + "".join(
-                "  {} {:+.3f} ± {:.3f}".format(pool, *interval(gap)) for pool, gap in gaps))
-        if args.figure:
-            draw(args.figure, heads, lines, args.curves)
-    except run.UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if not all("=" in column for column in args.columns):
+        raise run.UserError("columns: need NAME=PATTERN, such as \"GRPO=out/grpo_*/eval.json\"")
+    heads, patterns = zip(*(column.split("=", 1) for column in args.columns))
+    found, lines, changes = [load(pattern) for pattern in patterns], [], []
+    print("seeds: " + ", ".join(f"{head} {len(seeds)}" for head, seeds in zip(heads, found)))
+    for name, *what in ROWS:
+        all_values = [values(seeds, *what) for seeds in found]
+        if not all(x.size for x in all_values):
+            continue
+        count = sum(r["path"] == what[0] and r["task"] in what[1] for r in found[0][0])
+        lines.append((name, count, [interval(x) for x in all_values]))
+        if all(x.shape == all_values[0].shape and np.isfinite(x).all() for x in all_values):
+            changes.append((name, count, [interval(x - all_values[0]) for x in all_values[1:]]))
+    table("mean", heads, lines)
+    if heads[1:]:
+        table(f"minus {heads[0]}", heads[1:], changes)
+    for head, seeds in zip(heads, found):
+        gaps = [(pool, values(seeds, "dtr", tasks, "accuracy") - values(seeds, "lor", tasks, "accuracy"))
+                for pool, tasks in (("region", questions.REGION), ("general", questions.GENERAL))]
+        print(f"{head}: accuracy of DTR minus LOR" + "".join(
+            "  {} {:+.3f} ± {:.3f}".format(pool, *interval(gap)) for pool, gap in gaps))
+    if args.figure:
+        draw(args.figure, heads, lines, args.curves)
+
+
+def main():
+    run.main(show)
 
 
 if __name__ == "__main__":

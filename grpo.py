@@ -46,9 +46,10 @@ class Settings:
     data: list = setting([], "instance files, FILE or FILE*weight; empty: the embedded world")
     scenes: str = setting("", "scenes.jsonl: train on questions about these pictures")
     skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
-    path: str = setting("both", "embedded world: train lor, dtr or both (the paper: both)")
+    path: str = setting("both", "embedded world: train lor, dtr or both (the paper: both)", ("lor", "dtr", "both"))
     detection: str = setting("shared", "DTR's detection reward: shared: divided by objects or boxes (the more); "
-                                       "boxes: by boxes, as the release does; none: 0.8 accuracy + 0.2 format")
+                                       "boxes: by boxes, as the release does; none: 0.8 accuracy + 0.2 format",
+                             ("shared", "boxes", "none"))
     seed: int = setting(0, "seed of data order and sampling")
     steps: int = setting(80, "rollout steps (paper: 600)")
     prompts: int = setting(0, "prompts a step, all ranks together; 0: by --size, tiny 48 (paper: 512)")
@@ -64,7 +65,8 @@ class Settings:
     clip_high: float = setting(0.3, "and at 1 + this (paper: 0.3)")
     dual_clip: float = setting(3.0, "a negative advantage costs at most this many times itself (paper: 3.0)")
     kl: float = setting(0.02, "weight of the KL to the cold start; 0: no reference model (paper: 0.01)")
-    filter: str = setting("spread", "groups to keep: spread: rewards differ; mean: the paper's 0.2 < mean < 0.99; none")
+    filter: str = setting("spread", "groups to keep: spread: rewards differ; mean: the paper's 0.2 < mean < 0.99; none",
+                          ("spread", "mean", "none"))
     min_std: float = setting(0.01, "spread: smallest standard deviation of a group's rewards; less is a tie, no signal")
     rollout_prompts: int = setting(0, "prompts of a rank that are rolled out at once; 0: all; bounds the KV cache")
     rounds: int = setting(1, "most rollout rounds a step, to replace dropped groups (paper: 30)")
@@ -356,11 +358,6 @@ def main():
         raise run.UserError(f"--prompts {settings.prompts}: not divisible by {run.world()} processes; use a multiple")
     if settings.steps < 1 or settings.minibatches < 1 or settings.group_size < 2:
         raise run.UserError("--steps and --minibatches need at least 1, --group_size at least 2")
-    if settings.path not in ("lor", "dtr", "both") or settings.detection not in ("shared", "boxes", "none"):
-        raise run.UserError(f"--path {settings.path} --detection {settings.detection}: needs lor, dtr or both; shared, "
-                            "boxes or none")
-    if settings.filter not in ("spread", "mean", "none"):
-        raise run.UserError(f"--filter {settings.filter}: needs spread, mean or none")
     if settings.questions < 0:
         settings.questions = 0 if settings.data or settings.scenes else 1320
     if settings.lora and settings.train_vision:

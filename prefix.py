@@ -46,7 +46,6 @@ class BranchKV(DynamicLayer):
         count, heads, length, _ = query.shape
         own = (x.view(prompts, self.group, kv, -1, length, depth).transpose(1, 2).reshape(
             prompts * kv, self.group, -1, depth) for x in (query * scaling, key, value))     # heads of the same keys
-        hidden = hidden if hidden is None else hidden.repeat_interleave(kv, 0)[:, None, None]
         out = BranchAttention.apply(*own, self.keys.flatten(0, 1), self.values.flatten(0, 1), hidden)
         out = out.view(prompts, kv, self.group, heads // kv, length, depth)
         return out.permute(0, 2, 4, 1, 3, 5).reshape(count, length, heads, depth)
@@ -180,7 +179,8 @@ class BranchCache(Cache):
 
     def __init__(self, layers, group, attention_mask, copies):
         super().__init__(layers=[BranchKV(layer, group, copies) for layer in layers])
-        self.where = hide_padding(attention_mask, layers[0].keys.dtype)
+        hidden = hide_padding(attention_mask, layers[0].keys.dtype)
+        self.where = hidden if hidden is None else hidden.repeat_interleave(layers[0].keys.shape[1], 0)[:, None, None]
 
 
 class DecodeCache(Cache):

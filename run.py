@@ -33,12 +33,14 @@ class UserError(ValueError):
     """Something that the user can mend: printed as one line, exit code 2."""
 
 
-def setting(default, reason):
-    return dataclasses.field(default_factory=lambda: default, metadata={"help": reason, "default": default})
+def setting(default, reason, choices=()):
+    return dataclasses.field(default_factory=lambda: default,
+                             metadata={"help": reason, "default": default, "choices": choices})
 
 
 def parse(settings, description, argv=None):
-    """Command line -> settings object. `--name value`; a list takes several values; a bool is a switch."""
+    """Command line -> settings object. `--name value`; a list takes several values; a bool is a switch. A value that is
+    not among the setting's choices is a UserError."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     for field in dataclasses.fields(settings):
@@ -48,7 +50,12 @@ def parse(settings, description, argv=None):
             {"type": type(default) if default is not None else str, "metavar": "X"}
         names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
         parser.add_argument(*names, default=default, help=f"{reason} [default: {default}]", **kind)
-    return settings(**vars(parser.parse_args(argv)))
+    given = settings(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(settings):
+        value, choices = getattr(given, field.name), field.metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(f"--{field.name} {value}: needs one of {', '.join(filter(None, choices))}")
+    return given
 
 
 def main(function):

@@ -37,7 +37,8 @@ class Settings:
     scenes: str = setting("", "scenes.jsonl: train on traces made from these annotated pictures")
     world_scenes: int = setting(4000, "embedded world: number of scenes")
     traces: int = setting(1000, "embedded world: scenes with annotated reasoning traces (real ones are scarce too)")
-    blend: str = setting("all", "embedded world: all; cot: only traces; grounding: only the rest; none: no cold start")
+    blend: str = setting("all", "embedded world: all; cot: only traces; grounding: only the rest; none: no cold start",
+                         ("all", "cot", "grounding", "none"))
     seed: int = setting(0, "seed of weights, data order and sampling")
     pretrain: int = setting(1050, "steps of perception for a new model, in place of a stock VLM's pretraining")
     steps: int = setting(1300, "optimizer steps of the cold start (paper: 2 epochs)")
@@ -159,8 +160,6 @@ def train(settings, model, tokenizer, processor, sources, device):
 
 def sources_of(settings, size):
     """The blend of --data and --scenes, or the embedded world's, or what --blend takes of that."""
-    if settings.blend not in ("all", "cot", "grounding", "none"):
-        raise run.UserError(f"--blend {settings.blend}: needs all, cot, grounding or none")
     world = data.cold_start_blend(settings.traces, settings.world_scenes, settings.seed * 10**6, size)
     is_trace = lambda name: name.startswith(("lor_", "dtr_"))
     wanted = {"all": world, "cot": [source for source in world if is_trace(source[0])], "none": [],

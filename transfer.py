@@ -1,4 +1,4 @@
-"""Other worlds than the one that a model was trained on, to ask what it carries over without training (eval.py --world).
+"""Other worlds than the trained one, to ask what a model carries over without training (eval.py --world).
 
 view      field of view of 85 to 100 degrees; trained on 50 to 80
 tilt      camera looking down by 30 to 40 degrees; trained on 8 to 28
