@@ -9,7 +9,8 @@ Cross-entropy on the tokens of the target, up to and with the end of turn, as a 
 
 Differences from the paper: rows are sorted by length into micro-batches, not packed. Without --model there is no
 pretrained VLM to start from, so a small new one first learns perception (short questions, no reasoning). The embedded
-cold start is imperfect in the way that real ones are: few annotated scenes; centres as a depth sensor sees them.
+cold start is imperfect in the way that real ones are: few annotated scenes, centres as a depth sensor sees them, small
+objects overlooked.
 """
 import math
 from dataclasses import dataclass
