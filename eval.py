@@ -28,7 +28,7 @@ from run import setting
 from scenes import make_scene
 from transfer import WORLDS, reword
 
-METRICS = ["accuracy", "format", "reward", "detection"]
+METRICS = report.METRICS
 FIELDS = {"table": {"path", "task", "n", "center_error_m", "center_error_m_ci", *METRICS},    # of an evaluation's JSON
           "responses": {"index", "id", "path", "task", "question", "answer", "response", "center_errors_m", *METRICS}}
 
@@ -111,8 +111,7 @@ def score(row, response):
     except ValueError as error:
         raise data.BadRow(f"{row['source']}: {error}") from None
     errors = list(rewards.center_errors(response, centers, images, question).values()) if centers else []
-    return {"accuracy": parts["accuracy"], "format": parts["format"], "reward": parts["total"],
-            "detection": parts["detection"], "center_errors_m": errors}
+    return {"reward": parts.pop("total"), **parts, "center_errors_m": errors}
 
 
 def answer(model, tokenizer, processor, rows, device, settings, title="evaluation"):
@@ -252,8 +251,8 @@ def show_paths(title, results):
 def show_table(*named):
     """Print tables side by side: named is (title, table), ..."""
     cell = lambda value, ci: "      -     " if value is None else f"{value:6.3f} ±{ci:.3f}"
-    run.say("\n" + " " * 22 + "".join(f"| {title:^63}" for title, _ in named))
-    heads = "".join(f"{h:>13}" for h in ("accuracy", "format", "reward", "detection")) + f"{'error m':>9}"
+    run.say("\n" + " " * 22 + "".join(f"| {title:^{13 * len(METRICS) + 11}}" for title, _ in named))
+    heads = "".join(f"{h:>13}" for h in METRICS) + f"{'error m':>9}"
     run.say(f"{'path task':<15}{'n':>6} " + f"|{heads} " * len(named))
     for lines in zip(*(table for _, table in named)):
         text = f"{lines[0]['path']:<4} {lines[0]['task']:<10}{lines[0]['n']:>6} "

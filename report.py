@@ -24,7 +24,7 @@ from scenes import project
 
 EXAMPLES, EXAMPLE_BYTES = 200, 8e6                          # most examples on a page, and most bytes of them together
 RIGHT = 0.5                                                 # least accuracy of an answer that counts as right
-PARTS = ["accuracy", "format", "detection", "reward"]
+METRICS = [*rewards.WEIGHTS_WITH_CENTERS, "reward"]
 PATHS = {"lor": "LOR: reasoning in words", "dtr": "DTR: 3D centres first, then reasoning"}
 NEAR_TO_FAR = [(250, 230, 140), (220, 110, 80), (110, 40, 110), (20, 15, 50)]                # colours of depth
 
@@ -49,10 +49,10 @@ def path_table(named, path):
         if line["center_error_m"] is not None:
             low, high = ("∞" if v is None else f"{v:.3f}" for v in line["center_error_m_ci"])
             error = f"{line['center_error_m']:.3f} [{low}, {high}]"
-        cells = [escape(named[k][0]), line["n"], *(cell(line[key], line[f"{key}_ci"]) for key in PARTS), error]
+        cells = [escape(named[k][0]), line["n"], *(cell(line[key], line[f"{key}_ci"]) for key in METRICS), error]
         pool = ' class="pool"' if task in ("region", "general", "all") else ""
         body += f"<tr{pool}><th>{escape(task)}</th>{''.join(f'<td>{value}</td>' for value in cells)}</tr>\n"
-    heads = "".join(f"<th>{head}</th>" for head in ("task", "evaluation", "n", *PARTS, "centre error, m"))
+    heads = "".join(f"<th>{head}</th>" for head in ("task", "evaluation", "n", *METRICS, "centre error, m"))
     return (f'<div class="scroll" tabindex="0"><table><caption>{escape(PATHS.get(path, path))}</caption><thead><tr>'
             f"{heads}</tr></thead><tbody>{body}</tbody></table></div>\n")
 
@@ -170,7 +170,7 @@ def run_charts(folder):
     for phase in dict.fromkeys(str(line["phase"]) for line in lines if "phase" in line):
         loss = curve([line for line in lines if str(line.get("phase")) == phase], "loss", "loss", "p2")
         charts += line_chart(f"{phase}: loss", "step", [loss], top=4 * np.median(loss[-1])) if loss else ""
-    for key in PARTS:
+    for key in METRICS:
         both = [curve(lines, f"{path}_{key}", path.upper(), f"p{i}") for i, path in enumerate(PATHS)]
         charts += line_chart(f"GRPO: {key}", "step", [one for one in both if one], least=0.1) if any(both) else ""
     return f'<h3>{escape(folder)}</h3><div class="charts">{charts}</div>' if charts else ""
@@ -259,7 +259,7 @@ def card(answers, row):
             f'<p class="soft">{escape(" · ".join([result["path"].upper(), result["task"], str(result["id"])]))}</p>'
             f"<h3>{escape(result['question'])}</h3><p>truth: <strong>{escape(result['answer'])}</strong></p>")
     for title, answer in answers:
-        parts = [f"{key} {answer[key]:.2f}" for key in PARTS if answer[key] is not None]
+        parts = [f"{key} {answer[key]:.2f}" for key in METRICS if answer[key] is not None]
         parts += ["centre not predicted" if e is None else f"centre {e:.2f} m off" for e in answer["center_errors_m"]]
         response = re.sub(r"(&lt;/?(?:detect|think|answer)&gt;)", r"<u>\1</u>", escape(answer["response"]))
         mark = "✓✗"[verdict(answer) == "wrong"]

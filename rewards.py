@@ -13,6 +13,9 @@ import math
 import re
 from numbers import Real
 
+# One more reward: a function below, its name and weight in both of these, its value in total_reward.
+WEIGHTS = {"accuracy": 0.8, "format": 0.2}
+WEIGHTS_WITH_CENTERS = {"accuracy": 0.8, "format": 0.1, "detection": 0.1}
 SECTIONS = {"lor": ("think", "answer"), "dtr": ("detect", "think", "answer")}
 SECTION_TAG = re.compile(r"(</?(?:detect|think|answer)>)")
 # What prints: ASCII, or a letter or digit of any script, less four letters that are blank (the Hangul fillers).
@@ -234,6 +237,12 @@ def detection_reward(response, centers, images=1, question=""):
     return sum(paid) / max(len(errors), len(parse_boxes(response)))
 
 
+def weighted(parts):
+    """The total of reward parts {name: value}, detection None where it does not apply."""
+    weights = WEIGHTS if parts["detection"] is None else WEIGHTS_WITH_CENTERS
+    return sum(weight * parts[name] for name, weight in weights.items())
+
+
 def total_reward(response, answer, path, centers=None, images=1, question=""):
     """{"total", "accuracy", "format", "detection"}: the sum, with the paper's weights, and its parts; detection is
     None where it does not apply (path "lor", or no centres). Weak: text around the tags costs the format part only,
@@ -244,10 +253,8 @@ def total_reward(response, answer, path, centers=None, images=1, question=""):
     >>> total_reward("<think>Two chairs, one table.</think><answer>3</answer>", "3", "dtr")
     {'total': 0.8, 'accuracy': 1.0, 'format': 0.0, 'detection': None}
     """
-    accuracy, form = accuracy_reward(response, answer), format_reward(response, path, images)
-    if path == "lor" or not centers:
-        detection, total = None, 0.8 * accuracy + 0.2 * form
-    else:
-        detection = detection_reward(response, centers, images, question)
-        total = 0.8 * accuracy + 0.1 * form + 0.1 * detection
-    return {"total": total, "accuracy": accuracy, "format": form, "detection": detection}
+    parts = {"accuracy": accuracy_reward(response, answer), "format": format_reward(response, path, images),
+             "detection": None}
+    if path == "dtr" and centers:
+        parts["detection"] = detection_reward(response, centers, images, question)
+    return {"total": weighted(parts), **parts}
