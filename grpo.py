@@ -126,10 +126,10 @@ def trained_reward(row, text, parts, detection):
     if parts["detection"] is None or detection == "shared":
         return parts["reward"]
     if detection == "none":
-        return 0.8 * parts["accuracy"] + 0.2 * parts["format"]
+        return rewards.weighted({**parts, "detection": None})
     boxes = len(rewards.parse_boxes(text))
     surplus = max(len(data.centers_of(row)), boxes) / max(boxes, 1)                          # objects left out: free
-    return parts["reward"] + 0.1 * parts["detection"] * (surplus - 1)
+    return rewards.weighted({**parts, "detection": parts["detection"] * surplus})
 
 
 def sample_groups(model, rows, tokenizer, processor, rules, settings, generator, device):
@@ -346,7 +346,7 @@ def cold_start(settings, device):
 def sources_of(settings, side):
     """The blend of --data and --scenes, or fresh questions of the embedded world, none twice."""
     count = settings.prompts * settings.steps * settings.rounds
-    world = data.rl_blend(count, 10**8 + settings.seed * 10**7, side, settings.path)
+    world = data.rl_blend(count, 10**9 + settings.seed * 10**7, side, settings.path)      # above the held-out scenes
     return data.user_sources(settings) or world
 
 

@@ -296,6 +296,15 @@ def test_T3_the_naive_loop_of_the_bench_gives_the_same_loss_and_gradients(micro,
     assert_same_step(step, (loss, mask.sum(), wanted), number_of_parameters(tokenizer, False))
 
 
+@pytest.mark.parametrize("seed", [0, 80, 400])
+def test_no_seed_trains_on_a_held_out_scene(seed):
+    used = [range(rows.first, rows.first + rows.scenes) for _, rows, _ in grpo.sources_of(grpo.Settings(seed=seed), 96)]
+    made = sft.Settings(seed=seed)
+    used += [range(rows.first, rows.first + rows.scenes) for _, rows, _ in sft.sources_of(made, 96)]
+    held_out = range(9 * 10**8, 9 * 10**8 + 100 * 10**4)    # of 10,000 questions
+    assert all(scenes.stop <= held_out.start or scenes.start >= held_out.stop for scenes in used)
+
+
 @pytest.mark.parametrize("kept", [48, 37, 3, 0])
 def test_mini_batches_take_each_group_once_and_hold_the_mixture(kept):
     blend = grpo.data.rl_blend(48, 0, 96)
