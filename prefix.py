@@ -62,8 +62,9 @@ class BranchAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, prompt_key, prompt_value, hidden):
         out, norm = torch.empty_like(query), query.new_empty(*query.shape[:-1], 1)
         parts, (room,) = pieces(query, prompt_key, 1)
+        later = later_tokens(query, key)
         for p, i in parts:
-            far, near = branch_scores(query[i], key[i], prompt_key[p], hidden, p, room)
+            far, near = branch_scores(query[i], key[i], prompt_key[p], hidden, later, p, room)
             top = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True))
             far, near = far.sub_(top).exp_(), near.sub_(top).exp_()
             mass = far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
@@ -78,8 +79,9 @@ class BranchAttention(torch.autograd.Function):
         d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
         d_keys, d_values = (torch.zeros_like(x.mT) for x in (prompt_key, prompt_value))      # (P, D, L), faster so
         parts, (room, more) = pieces(query, prompt_key, 2)
+        later = later_tokens(query, key)
         for p, i in parts:
-            far, near = branch_scores(query[i], key[i], prompt_key[p], hidden, p, room)
+            far, near = branch_scores(query[i], key[i], prompt_key[p], hidden, later, p, room)
             far, near = far.sub_(norm[i]).exp_(), near.sub_(norm[i]).exp_()                  # weights
             d_values[p] += slope[i].flatten(1, 2).mT @ far.flatten(1, 2)
             d_value[i] = near.mT @ slope[i]
@@ -110,13 +112,18 @@ def through(x, matrix, room=None):
     return torch.bmm(x.flatten(1, 2), matrix, out=out).view(*x.shape[:-1], -1)
 
 
-def branch_scores(query, key, prompt_key, hidden, p, room):
+def branch_scores(query, key, prompt_key, hidden, later, p, room):
     """Scores of some responses: far (P, G, M, L), in `room`, and near (P, G, M, T)."""
     far, near = through(query, prompt_key.mT, room), query @ key.mT
     if hidden is not None:
         far += hidden[p]
-    later = torch.ones(near.shape[-1:] * 2, dtype=torch.bool, device=near.device).triu_(1)
-    return far, near.masked_fill_(later.repeat(near.shape[2] // len(later), 1), -torch.inf)
+    return far, near.masked_fill_(later, -torch.inf)
+
+
+def later_tokens(query, key):
+    """(M, T) of the queries' heads and tokens: which keys of a response are behind the query's own token."""
+    later = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool, device=key.device).triu_(1)
+    return later.repeat(query.shape[2] // len(later), 1)
 
 
 class DecodeKV(DynamicLayer):
