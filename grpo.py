@@ -249,6 +249,7 @@ def train(settings, model, tokenizer, processor, rows, device):
     settings.lr = settings.lr or (4e-5 if not run.is_large(model) else 1e-5 if settings.lora else 1e-6)
     if settings.kl > 0 and not settings.lora:
         reference = run.shard(run.freeze(copy.deepcopy(model), device), device).eval()
+        reference.set_reshard_after_forward(True)           # the root's unit, too: no backward pass would free it
     if settings.lora:
         add_adapters(run.freeze(model, device), settings.lora, settings.seed)
     elif not settings.train_vision:
@@ -356,13 +357,18 @@ def main():
     run.by_size(settings, prompts="prompts")
     if settings.prompts % run.world():
         raise run.UserError(f"--prompts {settings.prompts}: not divisible by {run.world()} processes; use a multiple")
-    if settings.steps < 1 or settings.minibatches < 1 or settings.group_size < 2:
-        raise run.UserError("--steps and --minibatches need at least 1, --group_size at least 2")
+    if min(settings.steps, settings.minibatches, settings.rounds, settings.max_new_tokens) < 1:
+        raise run.UserError("--steps, --minibatches, --rounds and --max_new_tokens need at least 1")
+    if settings.group_size < 2 or settings.temperature <= 0:
+        raise run.UserError("--group_size needs at least 2, --temperature more than 0: equal responses teach nothing")
     if settings.questions < 0:
         settings.questions = 0 if settings.data or settings.scenes else 1320
     if settings.lora and settings.train_vision:
         raise run.UserError("--lora trains adapters of the language model only; leave --train_vision out")
+    checkpoint.state_in(settings)                           # refuses to write over a run, before any work
     if not os.path.isfile(os.path.join(settings.model, "config.json")) and settings.model == "out/sft":
+        if settings.data:
+            raise run.UserError("--model: is needed with --data, a model that sft.py made with --data")
         cold_start(settings, device)
     model, tokenizer, processor = run.load_model(settings.model, settings.attention)
     if settings.size != "tiny" and model.config.text_config.hidden_size != run.plan_of(settings.size)["text"][0]:

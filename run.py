@@ -18,7 +18,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLConfig, logging as hf_logging
 
 import data
@@ -106,8 +106,8 @@ def world():
 
 def setup(seed):
     """Join the processes (one without torchrun), pick this rank's device, seed every generator. -> device"""
-    if not 0 <= seed < 80:                                  # more would reach into the held-out scenes (eval.held_out)
-        raise UserError(f"--seed {seed}: needs 0 to 79")
+    if not 0 <= seed < 900:                                 # more would reach into the held-out scenes (eval.held_out)
+        raise UserError(f"--seed {seed}: needs 0 to 899")
     cuda = torch.cuda.is_available()
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # or torchrun
@@ -150,16 +150,23 @@ def gather(rows):
 # sharding
 
 
+LARGE_LAYER = 5e6                                           # parameters from which a collective a layer pays
+
+
 def shard(model, device, checkpointing=False):
-    """FSDP2 over all ranks. Small layers stay in the root's unit: a collective each pays only when layers are large."""
+    """FSDP2 over all ranks, a unit a large layer, the root's unit for the rest."""
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     mesh = init_device_mesh(device.type, (world(),))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy()
+    if device.type == "cuda":                               # inputs as they are: the rotary angles stay float32
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for layer in [*model.model.visual.blocks, *model.model.language_model.layers]:
-        if sum(p.numel() for p in layer.parameters()) > 5e6:
+        if sum(p.numel() for p in layer.parameters()) > LARGE_LAYER:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model.to(device), mesh=mesh, mp_policy=policy)
+    model = fully_shard(model.to(device), mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "encode_images")    # a forward of its own: rollout calls it first
+    return model
 
 
 def freeze(model, device):
@@ -190,7 +197,7 @@ def gathered(model):
         yield
     finally:
         for unit in units:
-            unit.set_reshard_after_forward(True, recurse=False)
+            unit.set_reshard_after_forward(unit is not model, recurse=False)                 # FSDP2's own default
             unit.reshard()
 
 

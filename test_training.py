@@ -296,7 +296,7 @@ def test_T3_the_naive_loop_of_the_bench_gives_the_same_loss_and_gradients(micro,
     assert_same_step(step, (loss, mask.sum(), wanted), number_of_parameters(tokenizer, False))
 
 
-@pytest.mark.parametrize("seed", [0, 80, 400])
+@pytest.mark.parametrize("seed", [0, 80, 899])
 def test_no_seed_trains_on_a_held_out_scene(seed):
     used = [range(rows.first, rows.first + rows.scenes) for _, rows, _ in grpo.sources_of(grpo.Settings(seed=seed), 96)]
     made = sft.Settings(seed=seed)
@@ -497,10 +497,12 @@ def worker(rank, folder):
     torch.set_num_threads(1)
     tokenizer, groups = torch.load(f"{folder}/in.pt", weights_only=False)
     out = {"start": cold_start(tokenizer, Path(folder) / "start", 100)}
-    for name, (*split, passes, vision) in SPLITS.items():
-        first, mine = ([groups[i] for i in split[r]] for r in (0, rank))
-        settings = dataclasses.replace(BASE, micro_tokens=budget(first, passes), train_vision=vision)
-        out[name] = take_step(tokenizer, mine, groups[rank], settings)
+    for run.LARGE_LAYER in (run.LARGE_LAYER, 0):            # 0: each layer is a unit, as in large models
+        for name, (*split, passes, vision) in SPLITS.items():
+            first, mine = ([groups[i] for i in split[r]] for r in (0, rank))
+            settings = dataclasses.replace(BASE, micro_tokens=budget(first, passes), train_vision=vision)
+            out[name, run.LARGE_LAYER > 0] = take_step(tokenizer, mine, groups[rank], settings)
+    out["groups"] = make_groups(tokenizer)
     out["train"] = train_unevenly(tokenizer, folder)
     torch.save(out, f"{folder}/out{rank}.pt")
     dist.destroy_process_group()
@@ -515,11 +517,19 @@ def two(tokenizer, groups, tmp_path_factory):
     return folder, [torch.load(folder / f"out{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
+@pytest.mark.parametrize("one_unit", [True, False])
 @pytest.mark.parametrize("name", SPLITS)
-def test_two_processes_give_the_gradient_of_one(name, two, plain, tokenizer):
+def test_two_processes_give_the_gradient_of_one(name, one_unit, two, plain, tokenizer):
     vision = SPLITS[name][3]
     for results in two[1]:
-        assert_same_step(results[name], plain[vision], number_of_parameters(tokenizer, vision))
+        assert_same_step(results[name, one_unit], plain[vision], number_of_parameters(tokenizer, vision))
+
+
+def test_layers_that_are_units_of_their_own_sample_the_same(two, groups):
+    for results in two[1]:                                  # the vision layers are used before the whole model is
+        for group, same in zip(results["groups"], groups):
+            assert torch.equal(group["tokens"], same["tokens"]) and torch.equal(group["mask"], same["mask"])
+            torch.testing.assert_close(group["old"], same["old"])
 
 
 def test_T4_cold_start_on_two_processes_equals_one(two, start):
