@@ -95,6 +95,15 @@ def shard_of(name, files, like):
     return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
+def state_in(settings):
+    """State of the newest whole checkpoint in --out, {} if there is none; without --resume there must be none."""
+    state = run.gather([newest(settings.out) if run.rank() == 0 else None])[0]
+    if state and not settings.resume:
+        raise run.UserError(f"--out {settings.out}: holds a run of {state['done']} steps; --resume goes on with it, "
+                            f"another --out (or removing {settings.out}/checkpoints) starts anew")
+    return state
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # what a training loop talks to
 
@@ -105,10 +114,7 @@ class Keeper:
     def __init__(self, settings, model, tokenizer, processor, sampler=None):
         self.settings, self.model, self.parts, self.sampler = settings, model, (tokenizer, processor), sampler
         self.root, self.done, self.skipped, self.in_row, self.signal = f"{settings.out}/checkpoints", 0, 0, 0, 0
-        self.state = run.gather([newest(settings.out) if run.rank() == 0 else None])[0]
-        if self.state and not settings.resume:
-            raise run.UserError(f"--out {settings.out}: holds a run of {self.state['done']} steps; --resume goes on "
-                                f"with it, another --out (or removing {self.root}) starts anew")
+        self.state = state_in(settings)
         if self.state:
             self.check()
         elif settings.resume:
@@ -131,9 +137,12 @@ class Keeper:
                 raise run.UserError(f"{self.state['folder']}: was made with {other[name]}; resume with that")
         if other:
             run.say(f"other settings than the checkpoint's, from here on another run: {', '.join(other.values())}")
-        if self.state["world"] != run.world():
-            run.say(f"the checkpoint is of {self.state['world']} processes, this run has {run.world()}: it goes on, no "
-                    "longer bit-identical to one that never stopped")
+        if (self.state["world"], self.state["device"]) != (run.world(), self.device()):
+            run.say(f"the checkpoint is of {self.state['world']} processes ({self.state['device']}), this run has "
+                    f"{run.world()} ({self.device()}): it goes on, no longer bit-identical to one that never stopped")
+
+    def device(self):
+        return next(self.model.parameters()).device.type
 
     def on_signal(self, number, frame):
         self.signal = number
@@ -167,13 +176,13 @@ class Keeper:
                     continue
                 parameter, key = trained[name], f"{kind}:{name}"
                 if kind == "step":
-                    self.optimizer.state[parameter][kind] = files[0].get_tensor(key)
+                    self.optimizer.state[parameter][kind] = files[0].get_tensor(key).to(parameter.device)    # fused
                     continue
                 target = parameter.detach() if kind == "weight" else torch.zeros_like(parameter)
                 target.to_local().copy_(shard_of(key, files, parameter))
                 if kind != "weight":
                     self.optimizer.state[parameter][kind] = target
-            if run.rank() < state["world"]:
+            if run.rank() < state["world"] and state["device"] == parameter.device.type:
                 mine = files[run.rank()]
                 set_rng_states({n: mine.get_tensor(f"rng:{n}") for k, _, n in saved if k == "rng"}, self.sampler)
         self.done, self.skipped, self.in_row = state["done"], state["skipped"], state["in_row"]
@@ -238,7 +247,8 @@ class Keeper:
         """On rank 0, when all files are there: state.json, to the disk, rename, remove the oldest."""
         sizes = {name: os.path.getsize(f"{partial}/{name}") for name in os.listdir(partial)}
         state = {"phase": self.phase, "step": step, "position": position, "done": self.done, "skipped": self.skipped,
-                 "in_row": self.in_row, "world": run.world(), "settings": vars(self.settings), "files": sizes,
+                 "in_row": self.in_row, "world": run.world(), "device": self.device(),
+                 "settings": vars(self.settings), "files": sizes,
                  "metrics_bytes": os.path.getsize(self.log.path), "seconds": time.time() - self.log.start}
         with open(f"{partial}/state.json", "w") as file:
             json.dump(state, file, indent=1)

@@ -103,6 +103,7 @@ def command_line(monkeypatch, capsys, program, words, processes=1):
 
 @pytest.mark.parametrize("line, processes", [
     ("sft --steps 0", 1), ("grpo --steps 0", 1), ("grpo --group_size 1", 1), ("sft --batch 3", 2),
+    ("grpo --rounds 0", 1), ("grpo --temperature 0", 1), ("grpo --max_new_tokens 0", 1), ("sft --seed 900", 1),
     ("grpo --prompts 3", 2),
     ("sft --size huge", 1), ("grpo --size huge", 1), ("sft --blend half", 1), ("grpo --path up", 1),
     ("grpo --detection off", 1), ("grpo --filter most", 1), ("eval --path up", 1), ("eval --world up", 1),
@@ -118,6 +119,31 @@ def test_a_mistake_is_one_line_and_exit_code_2(line, processes, monkeypatch, cap
     code, lines = command_line(monkeypatch, capsys, PROGRAMS[name], [flag, value, *safe], processes)
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ")
     assert flag in lines[0] or value in lines[0]            # names the culprit
+
+
+def test_grpo_makes_no_cold_start_for_data_of_the_user(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, lines = command_line(monkeypatch, capsys, grpo, ["--data", "rl.json", "--out", "out/grpo"])
+    assert code == 2 and len(lines) == 1 and "--model" in lines[0] and not any(tmp_path.iterdir())
+
+
+def test_grpo_refuses_to_write_over_a_run_before_it_evaluates(trained, monkeypatch, capsys, tmp_path):
+    shutil.copytree(trained / "grpo", tmp_path / "grpo")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    words = ["--model", trained / "sft", "--out", tmp_path / "grpo", "--questions", 44]
+    code, lines = command_line(monkeypatch, capsys, grpo, words)
+    assert code == 2 and len(lines) == 1 and "holds a run" in lines[0]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_tables_side_by_side_pair_path_and_task(capsys):
+    tables = [[{"path": path, "task": "depth", "n": 5, "center_error_m": None, "accuracy": value, "accuracy_ci": 0.0,
+                **{key: None for name in ("format", "detection", "reward") for key in (name, f"{name}_ci")}}
+               for path, value in parts.items()] for parts in ({"lor": 0.25, "dtr": 0.5}, {"dtr": 0.75})]
+    eval.show_table(("one", tables[0]), ("other", tables[1]))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "depth" in line]
+    assert [line.split()[0] for line in lines] == ["lor", "dtr"]
+    assert "0.250" in lines[0] and "0.750" not in lines[0] and "0.500" in lines[1] and "0.750" in lines[1]
 
 
 def test_a_size_that_the_model_has_not_is_one_line_and_exit_code_2(trained, monkeypatch, capsys, tmp_path):

@@ -322,7 +322,7 @@ def test_another_number_of_ranks_resumes_and_says_so(first, then, tokenizer, unb
     out = tmp_path / "out"
     assert finish("sft", tokenizer, out, world=first, before=lambda: stop_after(5)) == 0, said(out)
     assert finish("sft", tokenizer, out, world=then, resume=True) == 0, said(out)
-    assert f"of {first} processes, this run has {then}: it goes on, no longer bit-identical" in said(out)
+    assert f"of {first} processes (cpu), this run has {then} (cpu): it goes on, no longer bit-identical" in said(out)
     lines, expected = metrics(out), unbroken[1]["sft"][0]   # the cold start does not depend on the number of ranks
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for line, other in zip(lines, expected):
