@@ -17,7 +17,7 @@ WORDING = [(r"How far is (.*) from the camera in depth, in meters\?", r"In meter
             r"The camera goes \1 meters forward. How deep is \2 then, in meters?"),
            (r"What is the distance between (.*) and (.*) in meters\?", r"How many meters are between \1 and \2?"),
            (r"Which is nearer to (.*?)\?", r"What is the closest to \1?"),
-           (r"Where is (.*) relative to (.*)\? A\.", r"Seen from \2, where is \1? A."),
+           (r"Where is (.*) relative to (.*)\? A\.", r"Where does \1 stand with respect to \2? A."),
            (r"Which is closer to the camera\?", "What does the camera have nearest to it?"),
            (r"How many objects are in the image\?", "Count the objects in the image."),
            (r"Is anything (\w+) in the image\?", r"Does the image show something \1?"),
