@@ -394,7 +394,7 @@ def main(settings):
         best = {row["id"]: data.best_path(row) if data.path_of(row) == "dtr" else "lor" for row in rows}     # DTR last
         rows = [row for row in rows if settings.path in ("both", data.path_of(row)) or
                 settings.path == "auto" and best[row["id"]] == data.path_of(row)]
-        model, tokenizer, processor = run.load_model(settings.model)
+        model, tokenizer, processor = run.load_model(settings.model, settings.attention)
         about = {"bench": bench, "weights": fingerprint(model), "max_new_tokens": settings.max_new_tokens}
         results = answer(run.shard(model, device), tokenizer, processor, rows, device, settings,
                          os.path.splitext(path)[0] + ".jsonl", about)

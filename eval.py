@@ -91,7 +91,7 @@ def held_out(count, size, first=9 * 10**8, world=""):
 def token_rules(model, tokenizer, device):
     """-> stop ids; ids that are never sampled: an image pad or <mask> would stand for a picture that is not there."""
     stop = model.generation_config.eos_token_id
-    stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id}
+    stop = {*(stop if isinstance(stop, list) else [stop]), tokenizer.eos_token_id} - {None}
     banned = set(tokenizer.convert_tokens_to_ids(data.SPECIAL)) - stop
     return torch.tensor(sorted(stop), device=device), torch.tensor(sorted(banned), device=device)
 
@@ -254,11 +254,13 @@ def show_table(*named):
     run.say("\n" + " " * 22 + "".join(f"| {title:^{13 * len(METRICS) + 11}}" for title, _ in named))
     heads = "".join(f"{h:>13}" for h in METRICS) + f"{'error m':>9}"
     run.say(f"{'path task':<15}{'n':>6} " + f"|{heads} " * len(named))
-    for lines in zip(*(table for _, table in named)):
-        text = f"{lines[0]['path']:<4} {lines[0]['task']:<10}{lines[0]['n']:>6} "
-        for line in lines:
-            error = "" if line["center_error_m"] is None else f"{line['center_error_m']:.3f}"
-            text += "|" + "".join(f"{cell(line[k], line[f'{k}_ci']):>13}" for k in METRICS) + f"{error:>9} "
+    lines = [{(line["path"], line["task"]): line for line in table} for _, table in named]
+    for path, task in dict.fromkeys(key for one in lines for key in one):
+        found = [one.get((path, task), {}) for one in lines]   # not every evaluation has every path and task
+        text = f"{path:<4} {task:<10}{max(line.get('n', 0) for line in found):>6} "
+        for line in found:
+            error = "" if line.get("center_error_m") is None else f"{line['center_error_m']:.3f}"
+            text += "|" + "".join(f"{cell(line.get(k), line.get(f'{k}_ci')):>13}" for k in METRICS) + f"{error:>9} "
         run.say(text)
     run.say("± is half a 95 % interval over questions; error is the median distance of the predicted centres\n")
 

@@ -55,7 +55,7 @@ def interval(x):
     seeds, count = x.shape
     if not np.isfinite(x).all():                            # a median over mostly missing centres
         return np.nan, np.nan
-    of_seeds = T95[seeds - 1] * x.mean(1).std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
+    of_seeds = T95[min(seeds, len(T95)) - 1] * x.mean(1).std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
     of_questions = 1.96 * x.mean(0).std(ddof=1) / count**0.5 if count > 1 else 0.0
     return x.mean(), np.hypot(of_seeds, of_questions)
 
@@ -158,6 +158,7 @@ def show():
         raise run.UserError("columns: need NAME=PATTERN, such as \"GRPO=out/grpo_*/eval.json\"")
     heads, patterns = zip(*(column.split("=", 1) for column in args.columns))
     found, lines, changes = [load(pattern) for pattern in patterns], [], []
+    same = len({tuple((r["path"], r["id"]) for r in one) for seeds in found for one in seeds}) == 1
     print("seeds: " + ", ".join(f"{head} {len(seeds)}" for head, seeds in zip(heads, found)))
     for name, *what in ROWS:
         all_values = [values(seeds, *what) for seeds in found]
@@ -165,16 +166,19 @@ def show():
             continue
         count = sum(r["path"] == what[0] and r["task"] in what[1] for r in found[0][0])
         lines.append((name, count, [interval(x) for x in all_values]))
-        if all(x.shape == all_values[0].shape and np.isfinite(x).all() for x in all_values):
+        if same and all(x.shape == all_values[0].shape and np.isfinite(x).all() for x in all_values):
             changes.append((name, count, [interval(x - all_values[0]) for x in all_values[1:]]))
     table("mean", heads, lines)
-    if heads[1:]:
+    if heads[1:] and not same:
+        print("\nthe columns answer different questions: no differences")
+    elif heads[1:]:
         table(f"minus {heads[0]}", heads[1:], changes)
     for head, seeds in zip(heads, found):
-        gaps = [(pool, values(seeds, "dtr", tasks, "accuracy") - values(seeds, "lor", tasks, "accuracy"))
+        both = [(pool, *(values(seeds, path, tasks, "accuracy") for path in ("lor", "dtr")))
                 for pool, tasks in (("region", questions.REGION), ("general", questions.GENERAL))]
         print(f"{head}: accuracy of DTR minus LOR" + "".join(
-            "  {} {:+.3f} ± {:.3f}".format(pool, *interval(gap)) for pool, gap in gaps))
+            "  {} {:+.3f} ± {:.3f}".format(pool, *interval(dtr - lor)) for pool, lor, dtr in both
+            if lor.size and lor.shape == dtr.shape))
     if args.figure:
         draw(args.figure, heads, lines, args.curves)
 

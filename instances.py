@@ -53,7 +53,7 @@ def turns(row):
 def answer_of(row):
     """The ground-truth answer: "answer", else the <answer> of the target, else the whole target."""
     target = turns(row)[1]
-    answer = row["answer"] if "answer" in row else extract_answer(target) or target
+    answer = row["answer"] if row.get("answer") is not None else extract_answer(target) or target
     if not str(answer).strip():
         raise BadRow(f"{row['source']}: field 'answer': empty")
     return str(answer).strip()

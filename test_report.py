@@ -311,6 +311,19 @@ def seeds(tmp_path):
     return tmp_path, found
 
 
+@pytest.mark.parametrize("change", ["other questions", "one path"])
+def test_findings_subtracts_only_answers_to_the_same_questions(change, seeds, monkeypatch, capsys):
+    folder, found = seeds
+    rows = [{**row, "id": f"other {row['id']}"} for row in found["after"][0]] if change == "other questions" else \
+        [row for row in found["after"][0] if row["path"] == "dtr"]
+    eval.write_json(folder / "changed_0.json", rows)
+    monkeypatch.setattr(sys, "argv", ["findings.py", f"cold={folder}/before_0.json", f"RL={folder}/changed_0.json"])
+    findings.main()
+    out = capsys.readouterr().out
+    assert "| mean |" in out and "minus cold |" not in out and "different questions" in out
+    assert out.count("region +") + out.count("region -") == (2 if change == "other questions" else 1)
+
+
 def test_findings_prints_means_and_paired_differences_and_draws_them(seeds, monkeypatch, capsys):
     folder, found = seeds
     monkeypatch.setattr(sys, "argv", ["findings.py", f"cold={folder}/before_*.json", f"RL={folder}/after_*.json",
