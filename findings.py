@@ -4,7 +4,8 @@
         --curves "out/grpo_*/metrics.jsonl" --figure figure1.svg
 
 Each NAME=PATTERN is a column: JSON files of eval.py or grpo.py on the same questions, one a seed, in sorted order. The
-second table holds each column minus the first, seed by seed and question by question.
+second table holds each column minus the first, question by question and averaged over the seeds; the third the seeds
+themselves, with the interval of the questions only.
 
 The half width of a 95 % interval adds two independent parts: that of the seeds, Student's t on the seeds' means, and
 that of the questions, 1.96 standard errors of the questions' means over the seeds. A median has only the first.
@@ -64,10 +65,21 @@ def table(title, heads, lines):
     """A table in Markdown. lines: (name, n, [(mean, half width), ...])"""
     print(f"\n| {title} | n | " + " | ".join(heads) + " |\n|" + "---|" * (len(heads) + 2))
     for name, count, cells in lines:
-        sign = "+" * title.startswith("minus")
-        half = lambda width: f" ± {width:.3f}" if width else ""                             # one seed's median has none
-        texts = [f"{mean:{sign}.3f}{half(width)}" if np.isfinite(mean) else "–" for mean, width in cells]
-        print(f"| {name} | {count} | " + " | ".join(texts) + " |")
+        print(f"| {name} | {count} | " + " | ".join(shown(*cell, "+" * title.startswith("minus")) for cell in cells) + " |")
+
+
+def shown(mean, width, sign="+"):
+    if not np.isfinite(mean):
+        return "–"
+    return f"{mean:{sign}.3f}" + (f" ± {width:.3f}" if width else "")                        # one seed's median has none
+
+
+def seed_by_seed(heads, changes):
+    """The changes of the rewards and of the centre error, a seed at a time: (name, [x (seeds, questions), ...])."""
+    print(f"\n| seed by seed, minus {heads[0]} | " + " | ".join(heads[1:]) + " |\n|" + "---|" * len(heads))
+    for name, columns in changes:
+        cells = [", ".join(shown(*interval(one[None])) for one in column) for column in columns]
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +169,7 @@ def show():
     if not all("=" in column for column in args.columns):
         raise run.UserError("columns: need NAME=PATTERN, such as \"GRPO=out/grpo_*/eval.json\"")
     heads, patterns = zip(*(column.split("=", 1) for column in args.columns))
-    found, lines, changes = [load(pattern) for pattern in patterns], [], []
+    found, lines, changes, each = [load(pattern) for pattern in patterns], [], [], []
     same = len({tuple((r["path"], r["id"]) for r in one) for seeds in found for one in seeds}) == 1
     print("seeds: " + ", ".join(f"{head} {len(seeds)}" for head, seeds in zip(heads, found)))
     for name, *what in ROWS:
@@ -167,12 +179,16 @@ def show():
         count = sum(r["path"] == what[0] and r["task"] in what[1] for r in found[0][0])
         lines.append((name, count, [interval(x) for x in all_values]))
         if same and all(x.shape == all_values[0].shape and np.isfinite(x).all() for x in all_values):
-            changes.append((name, count, [interval(x - all_values[0]) for x in all_values[1:]]))
+            minus = [x - all_values[0] for x in all_values[1:]]
+            changes.append((name, count, [interval(x) for x in minus]))
+            each += [(name, minus)] if what[2] in ("reward", "detection", "center_errors_m") else []
     table("mean", heads, lines)
     if heads[1:] and not same:
         print("\nthe columns answer different questions: no differences")
     elif heads[1:]:
         table(f"minus {heads[0]}", heads[1:], changes)
+        if len(found[0]) > 1:
+            seed_by_seed(heads, each)
     for head, seeds in zip(heads, found):
         both = [(pool, *(values(seeds, path, tasks, "accuracy") for path in ("lor", "dtr")))
                 for pool, tasks in (("region", questions.REGION), ("general", questions.GENERAL))]

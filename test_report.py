@@ -331,8 +331,14 @@ def test_findings_prints_means_and_paired_differences_and_draws_them(seeds, monk
     findings.main()
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()
              if line.startswith("|")]
-    mean = {row[0]: row for row in lines[:len(lines) // 2]}
-    change = {row[0]: row for row in lines[len(lines) // 2:]}
+    heads = [i for i, row in enumerate(lines) if row[0] in ("mean", "minus cold", "seed by seed, minus cold")]
+    mean, change, each = ({row[0]: row for row in lines[a:b]} for a, b in zip(heads, [*heads[1:], None]))
+    for path in ("lor", "dtr"):
+        gains = [[b["reward"] - a["reward"] for a, b in zip(*pair) if a["path"] == path]
+                 for pair in zip(found["before"], found["after"])]
+        halves = [1.96 * statistics.stdev(gain) / len(gain)**0.5 for gain in gains]
+        wanted = [f"{statistics.mean(gain):+.3f} ± {half:.3f}" for gain, half in zip(gains, halves)]
+        assert each[f"{path.upper()} all: reward"][1] == ", ".join(wanted)
     for path, pool in itertools.product(("lor", "dtr"), ("region", "general")):
         tasks = {"region": questions.REGION, "general": questions.GENERAL}[pool]
         of = {when: statistics.mean(r["accuracy"] for one in results for r in one
