@@ -196,15 +196,15 @@ def test_the_readme_names_what_exists():
 
 
 def test_the_commands_of_the_readme_run(tmp_path):
-    """The blocks that train and evaluate the embedded world, as they stand, but the first turn of each loop, one step,
-    few questions."""
+    """The blocks that train and evaluate the embedded world, as they stand, but the first turn of each loop (of
+    all but the worlds'), one step, few questions."""
     small = {"sft": "--pretrain 1 --steps 1 --batch 4", "grpo": "--steps 1 --prompts 4 --group_size 2 --questions 11 "
              "--max_new_tokens 8", "eval": "--questions 11 --max_new_tokens 8"}
     blocks = re.findall(r"^```\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)
     blocks = [block for block in blocks if re.match(r"for |python |torchrun ", block)]
     script = "\n".join(line for block in blocks for line in block.splitlines()
                        if not re.search(r"Qwen|--size base|pip install|nnodes|--bench", line))
-    script = re.sub(r"for (\w+) in (\w+)[\w ]*;", r"for \1 in \2;", script)
+    script = re.sub(r"for (?!world)(\w+) in (\w+)[\w ]*;", r"for \1 in \2;", script)      # findings.py asks for each
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node"
     script = re.sub(r"torchrun --nproc_per_node (\d) (\w+\.py)", rf"{torchrun} \1 {HERE}/\2", script)
     script = re.sub(r"(?<!\S)python (\w+\.py)", rf"{sys.executable} {HERE}/\1", script)
