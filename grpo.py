@@ -337,7 +337,7 @@ def cold_start(settings, device):
     """Make settings.model with the code and the settings of sft.py."""
     run.say(f"no cold start in {settings.model}: making one first (sft.py)")
     if settings.size == "tiny" and device.type == "cpu":
-        run.say("the whole run takes about half an hour on two cores: cold start 22 to 26 minutes, GRPO 5, evaluation 1")
+        run.say("the whole run takes about half an hour on two cores: cold start 22 to 26 min, GRPO 5, evaluation 1")
     made = sft.Settings(out=settings.model, size=settings.size, seed=settings.seed, attention=settings.attention,
                         resume=settings.resume)
     model, tokenizer, processor = run.new_model(made.size, made.seed, made.attention)
