@@ -182,7 +182,7 @@ class Keeper:
                 target.to_local().copy_(shard_of(key, files, parameter))
                 if kind != "weight":
                     self.optimizer.state[parameter][kind] = target
-            if run.rank() < state["world"] and state["device"] == parameter.device.type:
+            if run.rank() < state["world"] and state["device"] == self.device():
                 mine = files[run.rank()]
                 set_rng_states({n: mine.get_tensor(f"rng:{n}") for k, _, n in saved if k == "rng"}, self.sampler)
         self.done, self.skipped, self.in_row = state["done"], state["skipped"], state["in_row"]

@@ -178,8 +178,7 @@ def cached_scene(seed, size, overlooked=False):
     scene.objects (it stays in the picture and in the depth)."""
     scene = make_scene(seed, size)
     if overlooked and np.random.default_rng([seed, 5]).random() < 0.6:
-        area = [(o["box"][2] - o["box"][0]) * (o["box"][3] - o["box"][1]) for o in scene.objects]
-        del scene.objects[int(np.argmin(area))]
+        del scene.objects[int(np.argmin([questions.box_area(o) for o in scene.objects]))]
     return scene
 
 

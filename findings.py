@@ -65,10 +65,11 @@ def table(title, heads, lines):
     """A table in Markdown. lines: (name, n, [(mean, half width), ...])"""
     print(f"\n| {title} | n | " + " | ".join(heads) + " |\n|" + "---|" * (len(heads) + 2))
     for name, count, cells in lines:
-        print(f"| {name} | {count} | " + " | ".join(shown(*cell, "+" * title.startswith("minus")) for cell in cells) + " |")
+        texts = [number(*cell, "+" * title.startswith("minus")) for cell in cells]
+        print(f"| {name} | {count} | " + " | ".join(texts) + " |")
 
 
-def shown(mean, width, sign="+"):
+def number(mean, width, sign="+"):
     if not np.isfinite(mean):
         return "–"
     return f"{mean:{sign}.3f}" + (f" ± {width:.3f}" if width else "")                        # one seed's median has none
@@ -78,7 +79,7 @@ def seed_by_seed(heads, changes):
     """The changes of the rewards and of the centre error, a seed at a time: (name, [x (seeds, questions), ...])."""
     print(f"\n| seed by seed, minus {heads[0]} | " + " | ".join(heads[1:]) + " |\n|" + "---|" * len(heads))
     for name, columns in changes:
-        cells = [", ".join(shown(*interval(one[None])) for one in column) for column in columns]
+        cells = [", ".join(number(*interval(one[None])) for one in column) for column in columns]
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
@@ -160,7 +161,7 @@ def draw(path, heads, lines, pattern):
 
 
 def show():
-    """The command line: both tables, and the figure if asked for."""
+    """The command line: the tables, and the figure if asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("columns", nargs="+", metavar="NAME=PATTERN", help="evaluations, one file a seed")
     parser.add_argument("--curves", default="", help="metrics.jsonl of the GRPO runs, a pattern")
@@ -169,7 +170,7 @@ def show():
     if not all("=" in column for column in args.columns):
         raise run.UserError("columns: need NAME=PATTERN, such as \"GRPO=out/grpo_*/eval.json\"")
     heads, patterns = zip(*(column.split("=", 1) for column in args.columns))
-    found, lines, changes, each = [load(pattern) for pattern in patterns], [], [], []
+    found, lines, changes = [load(pattern) for pattern in patterns], [], []
     same = len({tuple((r["path"], r["id"]) for r in one) for seeds in found for one in seeds}) == 1
     print("seeds: " + ", ".join(f"{head} {len(seeds)}" for head, seeds in zip(heads, found)))
     for name, *what in ROWS:
@@ -179,16 +180,14 @@ def show():
         count = sum(r["path"] == what[0] and r["task"] in what[1] for r in found[0][0])
         lines.append((name, count, [interval(x) for x in all_values]))
         if same and all(x.shape == all_values[0].shape and np.isfinite(x).all() for x in all_values):
-            minus = [x - all_values[0] for x in all_values[1:]]
-            changes.append((name, count, [interval(x) for x in minus]))
-            each += [(name, minus)] if what[2] in ("reward", "detection", "center_errors_m") else []
+            changes.append((name, count, [x - all_values[0] for x in all_values[1:]]))
     table("mean", heads, lines)
     if heads[1:] and not same:
         print("\nthe columns answer different questions: no differences")
     elif heads[1:]:
-        table(f"minus {heads[0]}", heads[1:], changes)
+        table(f"minus {heads[0]}", heads[1:], [(name, n, [interval(x) for x in minus]) for name, n, minus in changes])
         if len(found[0]) > 1:
-            seed_by_seed(heads, each)
+            seed_by_seed(heads, [(name, minus) for name, _, minus in changes if name.endswith(("reward", "error, m"))])
     for head, seeds in zip(heads, found):
         both = [(pool, *(values(seeds, path, tasks, "accuracy") for path in ("lor", "dtr")))
                 for pool, tasks in (("region", questions.REGION), ("general", questions.GENERAL))]

@@ -365,7 +365,8 @@ def main():
         settings.questions = 0 if settings.data or settings.scenes else 1320
     if settings.lora and settings.train_vision:
         raise run.UserError("--lora trains adapters of the language model only; leave --train_vision out")
-    checkpoint.state_in(settings)                           # refuses to write over a run, before any work
+    if not settings.resume:
+        checkpoint.state_in(settings)                       # refuses to write over a run, before any work
     if not os.path.isfile(os.path.join(settings.model, "config.json")) and settings.model == "out/sft":
         if settings.data:
             raise run.UserError("--model: is needed with --data, a model that sft.py made with --data")

@@ -139,7 +139,8 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
                                    image_grid_thw=image_grid_thw, mm_token_type_ids=mm_token_type_ids,
                                    logits_to_keep=logits_to_keep, **kwargs)
         if features is None:
-            features = RegionVLM.encode_images(self, pixel_values, image_grid_thw, points, regions)  # inside a forward
+            # not self.encode_images: run.shard makes that a forward of FSDP's own, and this is inside one
+            features = RegionVLM.encode_images(self, pixel_values, image_grid_thw, points, regions)
         if position_ids is None:
             position_ids, _ = self.positions(input_ids, attention_mask, mm_token_type_ids, image_grid_thw)
         embeds, pictures = self.get_input_embeddings()(input_ids), {}                        # (B, L, D)

@@ -50,6 +50,12 @@ def name(obj):
     return f"{obj['color']} {obj['label']}" if obj["color"] else obj["label"]
 
 
+def box_area(obj):
+    """Pixels of an object's 2D box: how large it is in the picture."""
+    left, top, right, bottom = obj["box"]
+    return (right - left) * (bottom - top)
+
+
 def letter(options, choice):
     return "ABCDEF"[options.index(choice)]
 
@@ -206,8 +212,7 @@ def ask_exist(rng, objects):
 
 
 def ask_color(rng, objects):
-    area = [(o["box"][2] - o["box"][0]) * (o["box"][3] - o["box"][1]) for o in objects]
-    if len(area) > 1 and area[0] < LARGER * area[1]:
+    if len(objects) > 1 and box_area(objects[0]) < LARGER * box_area(objects[1]):
         return None
     color = objects[0]["color"]
     text = "What color is the largest one in the image?"
@@ -287,7 +292,7 @@ def annotated(scene, sensor):
     """The scene's objects, largest 2D box first; with `sensor`, centres are means of visible surfaces."""
     seen = [o for o in scene.objects if not sensor or o["surface"] is not None]
     objects = [{**o, "center": np.asarray(o["surface" if sensor else "center"], float)} for o in seen]
-    return sorted(objects, key=lambda o: (o["box"][0] - o["box"][2]) * (o["box"][3] - o["box"][1]))
+    return sorted(objects, key=box_area, reverse=True)
 
 
 def questions(scene, seed, sensor=False, tasks=None):
