@@ -13,10 +13,11 @@ naive   stock generate(num_return_sequences=G), then the full forward of prompt 
 ours    model.rollout and grpo.optimizer_step under FSDP2, as in training.
 trl     GRPOTrainer, in bench_trl.py.
 
-A turn is a process: one step to warm up, then those that count; turns in the order A B B A. Seconds are medians, of
-CPU time with one thread on the CPU (other programs disturb it little), else of the clock. Peak memory is what a phase
-adds to the libraries (weights, moments, activations): on the CPU the kernel's high-water mark of the resident set, set
-back before each phase, on CUDA the allocator's.
+A turn is a process: one step to warm up, then those whose time counts, then one whose memory counts; turns in the order
+A B B A. Seconds are medians, of CPU time with one thread on the CPU (other programs disturb it little), else of the
+clock. Peak memory is what a phase adds to the libraries (weights, moments, activations): on the CPU the kernel's
+high-water mark of the resident set, set back before each phase, on CUDA the allocator's. On the CPU, freed blocks go
+back to the system for that, which slows the phase: hence a step of its own.
 """
 import contextlib
 import copy
@@ -162,10 +163,12 @@ def rewards_of(tokens, group):
 
 
 class Meter:
-    """Seconds and peak bytes of the phases of each step. Made before the model: its memory is the zero."""
+    """Seconds of the phases of each step, and peak bytes in the last one. Made before the model: its memory is the
+    zero."""
 
-    def __init__(self, device, threads):
-        self.cuda, self.steps, self.base = device.type == "cuda", [], self.resident("VmRSS")
+    def __init__(self, device, threads, steps):
+        self.cuda, self.left, self.base = device.type == "cuda", steps, self.resident("VmRSS")
+        self.seconds, self.memory = [], {}                  # of each step: {phase: seconds}; {phase: bytes}
         self.clock = time.process_time if threads == 1 and not self.cuda else time.perf_counter
 
     def resident(self, key):
@@ -173,10 +176,13 @@ class Meter:
 
     @contextlib.contextmanager
     def phase(self, name):
+        if name == "rollout":                               # a step begins
+            self.seconds.append({})
+            self.left -= 1
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        else:
+        elif not self.left:
             ctypes.CDLL(None).malloc_trim(0)                # freed blocks that the C library still holds
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")                             # VmHWM = VmRSS
@@ -184,13 +190,13 @@ class Meter:
         yield
         if self.cuda:
             torch.cuda.synchronize()
-        seconds = self.clock() - start
-        peak = torch.cuda.max_memory_allocated() if self.cuda else self.resident("VmHWM") - self.base
-        if name == "rollout":
-            self.steps.append({"step": 0.0, "step_memory": 0})
-        step = self.steps[-1]
-        step |= {name: seconds, f"{name}_memory": peak, "step": step["step"] + seconds,
-                 "step_memory": max(step["step_memory"], peak)}
+        self.seconds[-1][name] = self.clock() - start
+        self.memory[name] = torch.cuda.max_memory_allocated() if self.cuda else self.resident("VmHWM") - self.base
+
+    def result(self):
+        """The times that count, and the memory of the last step."""
+        return {"steps": [{**step, "step": sum(step.values())} for step in self.seconds[1:-1]],
+                "memory": {**self.memory, "step": max(self.memory.values())}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,16 +297,16 @@ def turn(settings):
     device = run.setup(0)
     torch.set_num_threads(settings.threads)
     tokenizer, processor = make_tools(settings)
-    steps = 1 + settings.repeats // 2 + 1
+    steps = 1 + (settings.repeats + 1) // 2 + 1            # to warm up, for the time, for the memory
     settings.rows = make_rows(settings, tokenizer, processor, settings.prompts * steps)
     samples = [data.encode(row, tokenizer, processor, train=False) for row in settings.rows]
     stop = torch.tensor([tokenizer.eos_token_id], device=device)
     never = set(tokenizer.convert_tokens_to_ids(data.SPECIAL)) - (set(stop.tolist()) if settings.ragged else set())
-    meter = Meter(device, settings.threads)
+    meter = Meter(device, settings.threads, steps)
     contender = {"naive": naive_turn, "ours": ours_turn}.get(settings.turn) or importlib.import_module("bench_trl").turn
     contender(settings, [samples[i::steps] for i in range(steps)], tokenizer, device, meter,
               torch.tensor(sorted(never), device=device), stop)
-    print(json.dumps({"steps": meter.steps[1:], "rates": machine_rates(device, meter.clock)}))
+    print(json.dumps({**meter.result(), "rates": machine_rates(device, meter.clock)}))
 
 
 def machine_rates(device, clock):
@@ -342,7 +348,8 @@ def main():
     if settings.turn:
         return turn(settings)
     names = ["naive", "ours"] + ["trl"] * (importlib.util.find_spec("trl") is not None)
-    steps, tokens = {name: [] for name in names}, int(response_lengths(settings).sum())
+    steps, memory = ({name: [] for name in names} for _ in range(2))
+    tokens = int(response_lengths(settings).sum())
     for name in names + names[::-1]:                        # a drift of the machine's speed cancels out
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--turn", name], text=True,
                               stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(settings.threads)})
@@ -350,6 +357,7 @@ def main():
             raise run.UserError(f"the turn of {name} failed, see above")
         result = json.loads(done.stdout.splitlines()[-1])
         steps[name] += result["steps"]
+        memory[name].append(result["memory"])
         print(f"{name}: " + ", ".join(f"{step['step']:.3f}" for step in result["steps"]) + " s a step", flush=True)
     out = {}
     print(f"\n{settings.model_size}, {settings.prompts} x {settings.group} responses to prompts of "
@@ -358,7 +366,7 @@ def main():
     for name in names:
         out[name] = {phase: statistics.median(step[phase] for step in steps[name]) for phase in PHASES}
         out[name] |= {f"{phase}_tokens_per_s": tokens / out[name][phase] for phase in PHASES}
-        out[name] |= {f"{phase}_memory": max(step[f"{phase}_memory"] for step in steps[name]) for phase in PHASES}
+        out[name] |= {f"{phase}_memory": max(peak[phase] for peak in memory[name]) for phase in PHASES}
         print(f"{name:6}" + "".join(f"{out[name][p]:14.3f}{out[name][p + '_tokens_per_s']:10.0f}"
                                     f"{out[name][p + '_memory'] / 1e6:10.0f}" for p in PHASES))
     naive, ours, rates = out["naive"], out["ours"], result["rates"]

@@ -238,7 +238,7 @@ class World:
 
     def ask(self, scene, k, task):
         if self.kind == "grounding":
-            return [r for r in questions.grounding(scene, k, self.annotated) if r["task"] == task]
+            return questions.grounding(scene, k, self.annotated, [task])
         return [r for r in questions.questions(scene, k, self.annotated, [task]) if path_of(r) == self.kind]
 
 

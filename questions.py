@@ -335,8 +335,9 @@ def rounded(answer):
     return f"{float(answer):.1f}" if "." in answer else answer
 
 
-def grounding(scene, seed, sensor=False):
-    """-> instances without a chain of thought: regions -> 3D centres or box, 2D grounding, region QA, VQA."""
+def grounding(scene, seed, sensor=False, tasks=None):
+    """-> instances without a chain of thought: regions -> 3D centres or box, 2D grounding, region QA, VQA, text only;
+    with `tasks`, only these."""
     rows, objects = [], annotated(scene, sensor)
     if not objects:
         return rows
@@ -361,25 +362,27 @@ def grounding(scene, seed, sensor=False):
             rows.append(instance(scene, "box2d", "ground2d", f"Where is the {name(obj)}?", box))
     if all(o["color"] for o in objects):
         rows.append(instance(scene, "listing", "listing", "What is in the image?", listing(objects)))
-        asks = [family(stream(scene, seed, 50 + index), objects) for index, family in enumerate(GENERAL.values())]
-        rows += [instance(scene, task, "vqa", ask.text, ask.answer) for task, ask in zip(GENERAL, asks) if ask]
-    return rows + derivations(scene, seed, objects)
+        for index, (task, family) in enumerate(GENERAL.items() if not tasks or "vqa" in tasks else ()):
+            ask = family(stream(scene, seed, 50 + index), objects)
+            rows += [instance(scene, task, "vqa", ask.text, ask.answer)] if ask else []
+    rows += text_only(scene, seed, objects, tasks or TEXT_ONLY)
+    return [row for row in rows if not tasks or row["task"] in tasks]
 
 
-def derivations(scene, seed, objects):
-    """-> instances in which the text gives what a response would first find, coordinates or a listing, and only the
-    conclusion is asked for. Every instance has a picture; theirs is a small blank one."""
+def text_only(scene, seed, objects, tasks):
+    """-> instances of these tasks, in which the text gives what a response would first find, coordinates or a listing,
+    and only the conclusion is asked for. Every instance has a picture; theirs is a small blank one."""
     rows, blank = [], replace(scene, image=np.zeros((16, 16, 3), np.uint8), depth=None)
     for index, (task, family) in enumerate({**REGION, **GENERAL}.items()):
-        if not can_ask(task, objects):
+        kind = "measure" if task in ("distance", "nearer") else "derive"                     # the long ones
+        if kind not in tasks or not can_ask(task, objects):
             continue
         ask = family(stream(scene, seed, 70 + index), objects)
         solved = ask and ask.solve(tenths_of(ask.marked))
         if solved:
             given = detect_block(ask.marked, True) if ask.marked else listing(objects)
-            kind = "measure" if task in ("distance", "nearer") else "derive"                 # the long ones
             rows.append(instance(blank, task, kind, f"{ask.text}\n{given}", f"<think>{solved[0]}</think>"))
-    if all(o["color"] for o in objects):
+    if "lookup" in tasks and all(o["color"] for o in objects):
         rows.append(instance(blank, "lookup", "lookup", *lookup(stream(scene, seed, 98), objects)))
     return rows
 
