@@ -241,7 +241,7 @@ def naive_turn(settings, samples, tokenizer, device, meter, banned, stop):
     model = make_model(settings, tokenizer, device)
     reference = copy.deepcopy(model).requires_grad_(False).eval() if settings.kl else None
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6)
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     for batch in samples:
         prompts = data.to(data.collate(batch, tokenizer), device)
         stock = {key: value for key, value in prompts.items() if key not in ("loss_mask", "points", "regions")}
@@ -274,7 +274,7 @@ def ours_turn(settings, samples, tokenizer, device, meter, banned, stop):
     model = make_model(settings, tokenizer, device)
     reference = run.shard(copy.deepcopy(model).requires_grad_(False), device).eval() if settings.kl else None
     model = run.shard(model, device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-6, fused=True)
     rules = dataclasses.replace(grpo.Settings(), kl=0.01 * settings.kl)
     for batch in samples:
         prompts = data.to(data.collate(batch, tokenizer), device)
@@ -334,7 +334,8 @@ def least_seconds(settings, rates, size):
     weights = layers * (2 * width * head * (heads + kv) + 3 * width * mlp)
     seen = prompt + settings.new_tokens / 2                 # keys of a response's token, on average
     vision = settings.prompts * depth * patches * (8 * vwidth**2 + 4 * vwidth * vmlp + 4 * vwidth * patches)
-    prefill = settings.prompts * prompt * (2 * weights + 2 * prompt * heads * head * layers)
+    prefill = settings.prompts * prompt * ((2 * weights + 2 * prompt * heads * head * layers) * (layers - 1) / layers
+                                           + 4 * width * head * kv)                          # last layer: keys, values
     respond = tokens * (2 * (weights + width * vocabulary) + 4 * seen * heads * head * layers)
     read = size * (settings.new_tokens * (weights + width * vocabulary) + tokens * seen * 2 * kv * head * layers)
     return {"rollout": (vision + prefill) / rates[0] + max(respond / rates[0], read / rates[1]),

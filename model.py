@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from prefix import BranchCache, DecodeCache, forward_prompts, sharing
+from prefix import BranchCache, DecodeCache, LastLayer, forward_prompts, sharing
 
 UNIT = 4.0                                                  # metres: brings rooms to the paper's range, about -1 to 1
 BANDS = 8                                                   # sin, cos of 2^k x, k = 0..7: wavelengths 25 m to 0.2 m
@@ -94,6 +94,7 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
         width = config.vision_config.hidden_size
         self.point_embed = PointEmbedding(width)
         self.region_proj = nn.Linear(width, config.text_config.hidden_size)
+        self.model.language_model.layers[-1].__class__ = LastLayer
         self.post_init()
 
     def _init_weights(self, module):

@@ -7,6 +7,8 @@ Both multiply the queries of the whole group with the prompt's keys: they are re
 and never copied. Stock attention needs copies, one for each response and each query head. In training its kernels are
 worth that on CUDA; and with activation checkpointing, whose second pass calls stock attention.
 
+Of the prompt's last layer only the keys and values are needed, and the rest for the last token: LastLayer.
+
 Dimensions: B prompts, G responses per prompt, N = B G, L prompt tokens, T response tokens, H heads, K key-value heads,
 D head width.
 """
@@ -16,14 +18,51 @@ import math
 import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer, apply_rotary_pos_emb
 
 
 class PromptKV(DynamicLayer):
     """Remembers the prompt's keys and values. Writing twice is harmless: activation checkpointing may replay it."""
+    before = None                                           # keys and values of the tokens in front of those to come
 
     def update(self, keys, values, *args, **kwargs):
+        if self.before:
+            keys, values = (torch.cat(pair, 2) for pair in zip(self.before, (keys, values)))
         self.keys, self.values, self.is_initialized = keys, values, True
         return keys, values
+
+
+class PromptCache(Cache):
+    """The caches of all layers for prompts, of which only the last token's output will be looked at."""
+
+    def __init__(self, layers):
+        super().__init__(layers=[PromptKV() for _ in range(layers)])
+
+
+class LastLayer(Qwen3VLTextDecoderLayer):
+    """Stock, but into a PromptCache it writes all keys and values, and computes the last token: (B, L, width), else 0.
+
+    Saves four fifths of the layer, and its attention: in a model of three layers about a quarter of the prompt.
+    """
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, position_ids=None, past_key_values=None,
+                **kwargs):
+        if not isinstance(past_key_values, PromptCache):
+            return super().forward(hidden_states, position_embeddings, attention_mask, position_ids, past_key_values,
+                                   **kwargs)
+        attention, length = self.self_attn, hidden_states.shape[1]
+        rest = self.input_layernorm(hidden_states[:, :-1])
+        heads = (*rest.shape[:2], -1, attention.head_dim)
+        keys = attention.k_norm(attention.k_proj(rest).view(heads)).transpose(1, 2)          # (B, K, L - 1, D)
+        values = attention.v_proj(rest).view(heads).transpose(1, 2)
+        keys, _ = apply_rotary_pos_emb(keys, keys, *(angle[:, :-1] for angle in position_embeddings))
+        past_key_values.layers[attention.layer_idx].before = keys, values
+        if attention_mask is not None and attention_mask.dim() == 4:                         # else (B, L), flash-attn's
+            attention_mask = attention_mask[:, :, -1:]
+        last = super().forward(hidden_states[:, -1:], tuple(angle[:, -1:] for angle in position_embeddings),
+                               attention_mask, None if position_ids is None else position_ids[..., -1:],
+                               past_key_values, **kwargs)
+        return torch.nn.functional.pad(last, (0, 0, length - 1, 0))
 
 
 class BranchKV(DynamicLayer):
@@ -239,7 +278,7 @@ def forward_prompts(model, prompts, features):
     layers = model.model.language_model.layers
     for layer in layers:                                    # else checkpointing layers silently drop the cache
         layer._can_checkpoint_with_cache = True
-    cache = Cache(layers=[PromptKV() for _ in layers])
+    cache = PromptCache(len(layers))
     positions, after = model.positions(prompts["input_ids"], prompts["attention_mask"], prompts["mm_token_type_ids"],
                                        prompts["image_grid_thw"])
     images = {} if features else {k: prompts[k] for k in ("pixel_values", "image_grid_thw", "points", "regions")}
