@@ -17,7 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
-from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (DynamicCache, Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen3VLConfig,
+                          Qwen3VLForConditionalGeneration)
 
 import data
 import eval
@@ -517,6 +518,23 @@ def test_attention_of_branches_equals_softmax_over_prompt_and_past(scores, paddi
     weight, inputs = torch.randn_like(out), (query, key, value, layer.keys, layer.values)
     for got, wanted in zip(*(torch.autograd.grad((x * weight).sum(), inputs) for x in (out, expected))):
         torch.testing.assert_close(got, wanted)
+
+
+def test_the_last_layer_of_a_prompt_runs_for_its_last_token_and_keeps_the_keys_of_all(tokenizer, samples):
+    model, batch, seen = make_model(tokenizer), data.collate(samples, tokenizer), []
+    for layer in model.model.language_model.layers:
+        layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    layers, logits, _ = prefix.forward_prompts(model, batch, None)
+    length = batch["input_ids"].shape[1]
+    assert seen == [length] * (len(seen) - 1) + [1] and len(seen) > 1
+    pictures = {key: batch[key] for key in ("pixel_values", "image_grid_thw", "points", "regions")}
+    stock = model(batch["input_ids"], batch["attention_mask"], mm_token_type_ids=batch["mm_token_type_ids"],
+                  past_key_values=DynamicCache(), **pictures)
+    torch.testing.assert_close(logits[:, -1], stock.logits[:, -1])
+    real = batch["attention_mask"].bool()                   # (B, L)
+    for mine, other in zip(layers, stock.past_key_values.layers, strict=True):
+        for a, b in ((mine.keys, other.keys), (mine.values, other.values)):
+            torch.testing.assert_close(a.transpose(1, 2)[real], b.transpose(1, 2)[real])
 
 
 @pytest.mark.parametrize("length", [1, 2, 7])
