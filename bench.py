@@ -297,7 +297,7 @@ def turn(settings):
     device = run.setup(0)
     torch.set_num_threads(settings.threads)
     tokenizer, processor = make_tools(settings)
-    steps = 1 + (settings.repeats + 1) // 2 + 1            # to warm up, for the time, for the memory
+    steps = 1 + max(1, (settings.repeats + 1) // 2) + 1     # to warm up, for the time, for the memory
     settings.rows = make_rows(settings, tokenizer, processor, settings.prompts * steps)
     samples = [data.encode(row, tokenizer, processor, train=False) for row in settings.rows]
     stop = torch.tensor([tokenizer.eos_token_id], device=device)

@@ -28,6 +28,7 @@ class PromptKV(DynamicLayer):
     def update(self, keys, values, *args, **kwargs):
         if self.before:
             keys, values = (torch.cat(pair, 2) for pair in zip(self.before, (keys, values)))
+            self.before = None
         self.keys, self.values, self.is_initialized = keys, values, True
         return keys, values
 
