@@ -162,36 +162,41 @@ def rewards_of(tokens, group):
     return (tokens % 2).float().mean(1).view(-1, group)
 
 
+def resident(key):
+    """Bytes of this process in memory: VmRSS now, VmHWM at most since `restart_peak`."""
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+
+def restart_peak():
+    ctypes.CDLL(None).malloc_trim(0)                        # freed blocks that the C library still holds
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")                                     # VmHWM = VmRSS
+
+
 class Meter:
     """Seconds of the phases of each step, and peak bytes in the last one. Made before the model: its memory is the
     zero."""
 
     def __init__(self, device, threads, steps):
-        self.cuda, self.left, self.base = device.type == "cuda", steps, self.resident("VmRSS")
+        self.cuda, self.steps, self.base = device.type == "cuda", steps, resident("VmRSS")
         self.seconds, self.memory = [], {}                  # of each step: {phase: seconds}; {phase: bytes}
         self.clock = time.process_time if threads == 1 and not self.cuda else time.perf_counter
-
-    def resident(self, key):
-        return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
     @contextlib.contextmanager
     def phase(self, name):
         if name == "rollout":                               # a step begins
             self.seconds.append({})
-            self.left -= 1
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        elif not self.left:
-            ctypes.CDLL(None).malloc_trim(0)                # freed blocks that the C library still holds
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")                             # VmHWM = VmRSS
+        elif len(self.seconds) == self.steps:
+            restart_peak()
         start = self.clock()
         yield
         if self.cuda:
             torch.cuda.synchronize()
         self.seconds[-1][name] = self.clock() - start
-        self.memory[name] = torch.cuda.max_memory_allocated() if self.cuda else self.resident("VmHWM") - self.base
+        self.memory[name] = torch.cuda.max_memory_allocated() if self.cuda else resident("VmHWM") - self.base
 
     def result(self):
         """The times that count, and the memory of the last step."""
@@ -349,25 +354,24 @@ def main():
     if settings.turn:
         return turn(settings)
     names = ["naive", "ours"] + ["trl"] * (importlib.util.find_spec("trl") is not None)
-    steps, memory = ({name: [] for name in names} for _ in range(2))
-    tokens = int(response_lengths(settings).sum())
+    turns, tokens = {name: [] for name in names}, int(response_lengths(settings).sum())
     for name in names + names[::-1]:                        # a drift of the machine's speed cancels out
         done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--turn", name], text=True,
                               stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(settings.threads)})
         if done.returncode:
             raise run.UserError(f"the turn of {name} failed, see above")
         result = json.loads(done.stdout.splitlines()[-1])
-        steps[name] += result["steps"]
-        memory[name].append(result["memory"])
+        turns[name].append(result)
         print(f"{name}: " + ", ".join(f"{step['step']:.3f}" for step in result["steps"]) + " s a step", flush=True)
     out = {}
     print(f"\n{settings.model_size}, {settings.prompts} x {settings.group} responses to prompts of "
           f"{prompt_length(settings)} tokens, {tokens} tokens\n" + " " * 6
           + "".join(f"{phase:>12} s  tokens/s   peak MB" for phase in PHASES))
     for name in names:
-        out[name] = {phase: statistics.median(step[phase] for step in steps[name]) for phase in PHASES}
+        out[name] = {phase: statistics.median(step[phase] for one in turns[name] for step in one["steps"])
+                     for phase in PHASES}
         out[name] |= {f"{phase}_tokens_per_s": tokens / out[name][phase] for phase in PHASES}
-        out[name] |= {f"{phase}_memory": max(peak[phase] for peak in memory[name]) for phase in PHASES}
+        out[name] |= {f"{phase}_memory": max(one["memory"][phase] for one in turns[name]) for phase in PHASES}
         print(f"{name:6}" + "".join(f"{out[name][p]:14.3f}{out[name][p + '_tokens_per_s']:10.0f}"
                                     f"{out[name][p + '_memory'] / 1e6:10.0f}" for p in PHASES))
     naive, ours, rates = out["naive"], out["ours"], result["rates"]

@@ -56,7 +56,7 @@ class LastLayer(Qwen3VLTextDecoderLayer):
         heads = (*rest.shape[:2], -1, attention.head_dim)
         keys = attention.k_norm(attention.k_proj(rest).view(heads)).transpose(1, 2)          # (B, K, L - 1, D)
         values = attention.v_proj(rest).view(heads).transpose(1, 2)
-        keys, _ = apply_rotary_pos_emb(keys, keys, *(angle[:, :-1] for angle in position_embeddings))
+        _, keys = apply_rotary_pos_emb(keys[:, :0], keys, *(angle[:, :-1] for angle in position_embeddings))
         past_key_values.layers[attention.layer_idx].before = keys, values
         if attention_mask is not None and attention_mask.dim() == 4:                         # else (B, L), flash-attn's
             attention_mask = attention_mask[:, :, -1:]

@@ -242,6 +242,7 @@ REGION = {"depth": ask_depth, "move": ask_move, "distance": ask_distance, "neare
 GENERAL = {"count": ask_count, "exist": ask_exist, "color": ask_color, "shape": ask_shape, "more": ask_more}
 NEEDS = {"distance": 2, "nearer": 3, "axis": 2, "closer": 2}                                 # objects; the others 1
 TEXT_ONLY = ["derive", "measure", "lookup"]                 # practice of the embedded world, needs no picture
+GROUNDING = ["center", "region_qa", "mark_qa", "box3d", "ground2d", "listing", "vqa", *TEXT_ONLY]
 
 
 def box_line(point, label):
@@ -335,9 +336,9 @@ def rounded(answer):
     return f"{float(answer):.1f}" if "." in answer else answer
 
 
-def grounding(scene, seed, sensor=False, tasks=None):
-    """-> instances without a chain of thought: regions -> 3D centres or box, 2D grounding, region QA, VQA, text only;
-    with `tasks`, only these."""
+def grounding(scene, seed, sensor=False, tasks=GROUNDING):
+    """-> instances without a chain of thought: regions -> 3D centres or box, 2D grounding, region QA, VQA, text only:
+    those of `tasks`."""
     rows, objects = [], annotated(scene, sensor)
     if not objects:
         return rows
@@ -362,11 +363,11 @@ def grounding(scene, seed, sensor=False, tasks=None):
             rows.append(instance(scene, "box2d", "ground2d", f"Where is the {name(obj)}?", box))
     if all(o["color"] for o in objects):
         rows.append(instance(scene, "listing", "listing", "What is in the image?", listing(objects)))
-        for index, (task, family) in enumerate(GENERAL.items() if not tasks or "vqa" in tasks else ()):
+        for index, (task, family) in enumerate(GENERAL.items() if "vqa" in tasks else ()):
             ask = family(stream(scene, seed, 50 + index), objects)
             rows += [instance(scene, task, "vqa", ask.text, ask.answer)] if ask else []
-    rows += text_only(scene, seed, objects, tasks or TEXT_ONLY)
-    return [row for row in rows if not tasks or row["task"] in tasks]
+    rows += text_only(scene, seed, objects, tasks)
+    return [row for row in rows if row["task"] in tasks]
 
 
 def text_only(scene, seed, objects, tasks):

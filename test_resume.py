@@ -3,7 +3,6 @@ not finite, full disks, ranks that stall; adapters; the memory plan. A run is a 
 
     python -m pytest -q test_resume.py                                 # two minutes on one core
 """
-import ctypes
 import dataclasses
 import gc
 import glob
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from test_model import ROWS, make_config, make_model, make_processor, make_tokenizer
 
+import bench
 import checkpoint
 import data
 import eval
@@ -556,12 +556,10 @@ def peak_of(function):
             run.setup(0)
             torch.set_num_threads(1)
             step = function()                               # builds what is there before
-            ctypes.CDLL(None).malloc_trim(0)                # else the step would fill blocks freed earlier, unseen
-            before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-            Path("/proc/self/clear_refs").write_text("5")   # the high-water mark starts anew
+            bench.restart_peak()                            # else the step would fill blocks freed earlier, unseen
+            before = bench.resident("VmRSS")
             step()
-            (high,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
-            os.write(writing, str(int(high.split()[1]) * 1024 - before).encode())
+            os.write(writing, str(bench.resident("VmHWM") - before).encode())
         finally:
             os._exit(0)
     wait(pid)
