@@ -70,9 +70,8 @@ def table(title, heads, lines):
 
 
 def number(mean, width, sign="+"):
-    if not np.isfinite(mean):
-        return "–"
-    return f"{mean:{sign}.3f}" + (f" ± {width:.3f}" if width else "")                        # one seed's median has none
+    """A median over one seed has no width."""
+    return (f"{mean:{sign}.3f}" + (f" ± {width:.3f}" if width else "")) if np.isfinite(mean) else "–"
 
 
 def seed_by_seed(heads, changes):
