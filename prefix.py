@@ -174,7 +174,8 @@ class DecodeKV(DynamicLayer):
 
     def __init__(self, prompt, group, room):
         super().__init__()
-        self.prompt, self.length = [prompt.keys, prompt.values], 0
+        self.prompt = [prompt.keys.contiguous(), prompt.values.contiguous()]                 # else a copy each token
+        self.length = 0
         self.keys, self.values, self.is_initialized = prompt.keys, prompt.values, True       # for the cache's own eyes
         prompts, kv, _, depth = prompt.keys.shape
         self.own = [prompt.keys.new_zeros(prompts, kv, group, room, depth) for _ in range(2)]
@@ -187,10 +188,9 @@ class DecodeKV(DynamicLayer):
         rows, heads, _, depth = query.shape
         prompts, kv, length, _ = self.prompt[0].shape
         for own, new in zip(self.own, (key, value)):
-            own[where.prompt, :, where.slot, self.length] = new[:, :, 0]
+            own[..., self.length, :] = where.spread(new[:, :, 0])
         self.length += 1
-        wide = query.new_zeros(prompts, kv, where.width, heads // kv, depth)
-        wide[where.prompt, :, where.slot] = (query * scaling).view(rows, kv, heads // kv, depth)
+        wide = where.spread((query * scaling).view(rows, kv, heads // kv, depth))            # (B, K, width, H/K, D)
         keys, values = (own[..., :self.length, :] for own in self.own)
         far = (wide.flatten(2, 3) @ self.prompt[0].mT).view(*wide.shape[:4], length)         # (B, K, width, H/K, L)
         if where.hidden is not None:
@@ -198,7 +198,7 @@ class DecodeKV(DynamicLayer):
         exact = torch.promote_types(query.dtype, torch.float32)
         weights = torch.cat([far, wide @ keys.mT], -1).softmax(-1, exact).to(query.dtype)
         out = (weights[..., :length].flatten(2, 3) @ self.prompt[1]).view_as(wide) + weights[..., length:] @ values
-        return out[where.prompt, :, where.slot].reshape(rows, 1, heads, depth)
+        return where.collect(out).reshape(rows, 1, heads, depth)
 
     def keep(self, prompts, old, new):
         """Keep these prompts, and move their responses from the places old (prompt, slot) to the places `new`."""
@@ -219,6 +219,20 @@ class Places:
         count = torch.bincount(prompt)
         self.prompt, self.hidden, self.width = prompt, hidden, int(count.max())
         self.slot = torch.arange(len(prompt), device=prompt.device) - (count.cumsum(0) - count)[prompt]
+        self.shape = len(count), self.width
+        self.holes = len(prompt) < len(count) * self.width  # without any no index is needed, only another view
+
+    def spread(self, x):
+        """Rows (rows, K, ..) -> at their places (B, K, width, ..), 0 in the holes."""
+        if not self.holes:
+            return x.unflatten(0, self.shape).transpose(1, 2)
+        wide = x.new_zeros(self.shape[0], x.shape[1], self.width, *x.shape[2:])
+        wide[self.prompt, :, self.slot] = x
+        return wide
+
+    def collect(self, x):
+        """The way back, to the rows."""
+        return x[self.prompt, :, self.slot] if self.holes else x.transpose(1, 2).flatten(0, 1)
 
 
 class BranchCache(Cache):
