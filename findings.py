@@ -5,7 +5,8 @@
 
 Each NAME=PATTERN is a column: JSON files of eval.py or grpo.py on the same questions, one a seed, in sorted order. The
 second table holds each column minus the first, question by question and averaged over the seeds; the third the seeds
-themselves, with the interval of the questions only.
+themselves, with the interval of the questions only. --course adds how each GRPO run went, from the metrics.jsonl that
+lies beside each file.
 
 The half width of a 95 % interval adds two independent parts: that of the seeds, Student's t on the seeds' means, and
 that of the questions, 1.96 standard errors of the questions' means over the seeds. A median has only the first.
@@ -13,6 +14,7 @@ that of the questions, 1.96 standard errors of the questions' means over the see
 import argparse
 import glob
 import json
+import os
 from html import escape
 
 import numpy as np
@@ -59,6 +61,29 @@ def interval(x):
     of_seeds = T95[min(seeds, len(T95)) - 1] * x.mean(1).std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
     of_questions = 1.96 * x.mean(0).std(ddof=1) / count**0.5 if count > 1 else 0.0
     return x.mean(), np.hypot(of_seeds, of_questions)
+
+
+def course(pattern):
+    """How the GRPO runs beside the files of a pattern went: {what: (runs, 1)}, of sampled responses.
+
+    The deepest fall is that of the reward, averaged over both paths and ten steps, below its highest value before.
+    """
+    found = {}
+    for file in sorted(glob.glob(pattern)):
+        log = os.path.join(os.path.dirname(file), "metrics.jsonl")
+        if not os.path.isfile(log):
+            raise run.UserError(f"--course: no {log}; it needs folders of grpo.py")
+        lines = [json.loads(line) for line in open(log)]
+        of = lambda key, part=slice(None): np.array([line.get(key, np.nan) for line in lines[part]], float)
+        both = np.nanmean([of("lor_reward"), of("dtr_reward")], 0)
+        smooth = np.convolve(both, np.ones(10) / 10, "valid") if len(both) > 10 else both
+        said = {f"{path.upper()}: {key}, {name} 10 steps": of(f"{path}_{key}", part).mean() for path in ("lor", "dtr")
+                for key in ("reward", "format") for name, part in (("first", slice(10)), ("last", slice(-10, None)))}
+        said |= {"deepest fall of the reward": (np.maximum.accumulate(smooth) - smooth).max(),
+                 "groups whose rewards differ": of("kept").mean(), "responses cut off": of("cut").mean()}
+        for name, value in said.items():
+            found.setdefault(name, []).append([value])
+    return {name: np.array(value) for name, value in found.items()}
 
 
 def table(title, heads, lines):
@@ -165,6 +190,7 @@ def show():
     parser.add_argument("columns", nargs="+", metavar="NAME=PATTERN", help="evaluations, one file a seed")
     parser.add_argument("--curves", default="", help="metrics.jsonl of the GRPO runs, a pattern")
     parser.add_argument("--figure", default="", help="SVG file to draw")
+    parser.add_argument("--course", action="store_true", help="also how each GRPO run went")
     args = parser.parse_args()
     if not all("=" in column for column in args.columns):
         raise run.UserError("columns: need NAME=PATTERN, such as \"GRPO=out/grpo_*/eval.json\"")
@@ -187,6 +213,10 @@ def show():
         table(f"minus {heads[0]}", heads[1:], [(name, n, [interval(x) for x in minus]) for name, n, minus in changes])
         if len(found[0]) > 1:
             seed_by_seed(heads, [(name, minus) for name, _, minus in changes if name.endswith(("reward", "error, m"))])
+    if args.course:
+        courses = [course(pattern) for pattern in patterns]
+        table("during GRPO", heads, [(name, len(x), [interval(one[name]) for one in courses])
+                                     for name, x in courses[0].items()])
     for head, seeds in zip(heads, found):
         both = [(pool, *(values(seeds, path, tasks, "accuracy") for path in ("lor", "dtr")))
                 for pool, tasks in (("region", questions.REGION), ("general", questions.GENERAL))]

@@ -353,6 +353,30 @@ def test_findings_prints_means_and_paired_differences_and_draws_them(seeds, monk
     assert "NaN" not in (folder / "figure.svg").read_text() and "inf" not in (folder / "figure.svg").read_text()
 
 
+def test_findings_tells_how_a_run_went(seeds, monkeypatch, capsys):
+    folder, _ = seeds
+    path = [0.6] * 20 + [0.2] * 10 + [0.4] * 10             # of the reward; the mean over ten steps falls by 0.4
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(
+        {"step": i, "lor_reward": x + 0.1, "dtr_reward": x - 0.1, "lor_format": x, "kept": 0.5, "cut": i / 100}
+        | ({"dtr_format": 0.9} if i < 35 else {})) for i, x in enumerate(path)))
+    argv = ["findings.py", f"a={folder}/before_0.json", f"b={folder}/after_0.json", "--course"]
+    monkeypatch.setattr(sys, "argv", argv)
+    findings.main()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
+            capsys.readouterr().out.split("during GRPO")[1].splitlines()[2:] if line.startswith("|")]
+    assert {name: values for name, n, *values in rows if n == "1"} == {name: [value] * 2 for name, value in {
+        "LOR: reward, first 10 steps": "0.700", "LOR: reward, last 10 steps": "0.500",
+        "DTR: reward, first 10 steps": "0.500", "DTR: reward, last 10 steps": "0.300",
+        "LOR: format, first 10 steps": "0.600", "LOR: format, last 10 steps": "0.400",
+        "DTR: format, first 10 steps": "0.900", "DTR: format, last 10 steps": "–",         # not in every line
+        "deepest fall of the reward": "0.400", "groups whose rewards differ": "0.500",
+        "responses cut off": "0.195"}.items()}
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        findings.main()
+    assert "metrics.jsonl; it needs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("column, words", [("cold=nothing.json", "nothing.json"), ("nothing", "NAME=PATTERN"),
                                            ("x={}/before_[01]*.json", "different questions")])
 def test_findings_says_what_is_wrong(column, words, seeds, monkeypatch, capsys):
