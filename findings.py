@@ -71,17 +71,17 @@ def course(pattern):
     found = {}
     for file in sorted(glob.glob(pattern)):
         log = os.path.join(os.path.dirname(file), "metrics.jsonl")
-        if not os.path.isfile(log):
-            raise run.UserError(f"--course: no {log}; it needs folders of grpo.py")
-        lines = [json.loads(line) for line in open(log)]
-        of = lambda key, part=slice(None): np.array([line.get(key, np.nan) for line in lines[part]], float)
-        both = np.nanmean([of("lor_reward"), of("dtr_reward")], 0)
-        smooth = np.convolve(both, np.ones(10) / 10, "valid") if len(both) > 10 else both
-        said = {f"{path.upper()}: {key}, {name} 10 steps": of(f"{path}_{key}", part).mean() for path in ("lor", "dtr")
-                for key in ("reward", "format") for name, part in (("first", slice(10)), ("last", slice(-10, None)))}
-        said |= {"deepest fall of the reward": (np.maximum.accumulate(smooth) - smooth).max(),
-                 "groups whose rewards differ": of("kept").mean(), "responses cut off": of("cut").mean()}
-        for name, value in said.items():
+        lines = [json.loads(line) for line in open(log)] if os.path.isfile(log) else []
+        if not any("kept" in line for line in lines):
+            raise run.UserError(f"--course: {log} is not of grpo.py; give only its eval.json")
+        steps = lambda key: np.array([line.get(key, np.nan) for line in lines], float)
+        both = np.nanmean([steps("lor_reward"), steps("dtr_reward")], 0)
+        smooth = np.convolve(both, np.ones(10) / 10, "valid") if len(both) >= 10 else both
+        row = {f"{path.upper()}: {key}, {name} 10 steps": steps(f"{path}_{key}")[part].mean() for path in ("lor", "dtr")
+               for key in ("reward", "format") for name, part in (("first", slice(10)), ("last", slice(-10, None)))}
+        row |= {"deepest fall of the reward": (np.maximum.accumulate(smooth) - smooth).max(),
+                "groups kept": steps("kept").mean(), "responses cut off": steps("cut").mean()}
+        for name, value in row.items():
             found.setdefault(name, []).append([value])
     return {name: np.array(value) for name, value in found.items()}
 
@@ -95,8 +95,9 @@ def table(title, heads, lines):
 
 
 def number(mean, width, sign="+"):
-    """A median over one seed has no width."""
-    return (f"{mean:{sign}.3f}" + (f" ± {width:.3f}" if width else "")) if np.isfinite(mean) else "–"
+    if not np.isfinite(mean):
+        return "–"
+    return f"{mean:{sign}.3f}" + (f" ± {width:.3f}" if width else "")                        # one run has no width
 
 
 def seed_by_seed(heads, changes):
@@ -214,9 +215,10 @@ def show():
         if len(found[0]) > 1:
             seed_by_seed(heads, [(name, minus) for name, _, minus in changes if name.endswith(("reward", "error, m"))])
     if args.course:
-        courses = [course(pattern) for pattern in patterns]
-        table("during GRPO", heads, [(name, len(x), [interval(one[name]) for one in courses])
-                                     for name, x in courses[0].items()])
+        runs = {head: course(pattern) for head, pattern in zip(heads, patterns)
+                if not pattern.endswith("eval_cold_start.json")}                             # beside GRPO's, before it
+        table("during GRPO", list(runs), [(name, len(found[0]), [interval(one[name]) for one in runs.values()])
+                                          for name in next(iter(runs.values()), [])])
     for head, seeds in zip(heads, found):
         both = [(pool, *(values(seeds, path, tasks, "accuracy") for path in ("lor", "dtr")))
                 for pool, tasks in (("region", questions.REGION), ("general", questions.GENERAL))]

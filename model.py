@@ -256,7 +256,7 @@ def rollout(model, prompts, group, max_new_tokens, stop_ids, banned, temperature
     alive = torch.ones_like(rows, dtype=torch.bool)
     tokens = position.new_zeros(len(rows), max_new_tokens)
     mask, logprobs = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=tokens.device)
-    with torch.inference_mode(), sharing(model):            # less to do for each small operation
+    with torch.inference_mode(), sharing(model):            # saves time; not above: training goes on with features
         for t in range(max_new_tokens):
             scores = allowed_logits(logits, banned, temperature or 1.0).log_softmax(-1)      # (rows, V)
             if temperature == 0:

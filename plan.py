@@ -50,7 +50,7 @@ def memory(model, settings, world, cuda, prompt=0):
                            14 * vision.hidden_size + 2 * vision.intermediate_size)
         kept += vision.depth * patch * vision.spatial_merge_size**2 / 2
     answers = tokens * group / (prompt + group) if rl else tokens / 2
-    update = {"layers in use": compute * (rest + 2 * layer) if world > 1 or cuda else compute * total,
+    update = {"layers in use": compute * (rest + 2 * layer if layer > run.LARGE_LAYER else total),
               "activations": tokens * kept, "logits": answers * text.vocab_size * (16 + 2 * compute)}
     rollout = {}
     if rl:

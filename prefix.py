@@ -174,9 +174,9 @@ class DecodeKV(DynamicLayer):
 
     def __init__(self, prompt, group, room):
         super().__init__()
-        self.prompt = [prompt.keys.contiguous(), prompt.values.contiguous()]                 # else a copy each token
-        self.length = 0
-        self.keys, self.values, self.is_initialized = prompt.keys, prompt.values, True       # for the cache's own eyes
+        self.prompt = [prompt.keys.contiguous(), prompt.values.contiguous()]                 # else products copy them,
+        prompt.keys, prompt.values = self.prompt            # each token anew; held only once
+        self.keys, self.values, self.is_initialized, self.length = *self.prompt, True, 0     # for the cache's own eyes
         prompts, kv, _, depth = prompt.keys.shape
         self.own = [prompt.keys.new_zeros(prompts, kv, group, room, depth) for _ in range(2)]
 
@@ -219,7 +219,7 @@ class Places:
         count = torch.bincount(prompt)
         self.prompt, self.hidden, self.width = prompt, hidden, int(count.max())
         self.slot = torch.arange(len(prompt), device=prompt.device) - (count.cumsum(0) - count)[prompt]
-        self.shape = len(count), self.width
+        self.shape = len(count), self.width                 # B, width
         self.holes = len(prompt) < len(count) * self.width  # without any no index is needed, only another view
 
     def spread(self, x):

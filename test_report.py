@@ -369,12 +369,12 @@ def test_findings_tells_how_a_run_went(seeds, monkeypatch, capsys):
         "DTR: reward, first 10 steps": "0.500", "DTR: reward, last 10 steps": "0.300",
         "LOR: format, first 10 steps": "0.600", "LOR: format, last 10 steps": "0.400",
         "DTR: format, first 10 steps": "0.900", "DTR: format, last 10 steps": "–",         # not in every line
-        "deepest fall of the reward": "0.400", "groups whose rewards differ": "0.500",
+        "deepest fall of the reward": "0.400", "groups kept": "0.500",
         "responses cut off": "0.195"}.items()}
-    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").write_text('{"step": 0, "loss": 1.0}')                        # of sft.py
     with pytest.raises(SystemExit):
         findings.main()
-    assert "metrics.jsonl; it needs" in capsys.readouterr().err
+    assert "metrics.jsonl is not of grpo.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("column, words", [("cold=nothing.json", "nothing.json"), ("nothing", "NAME=PATTERN"),

@@ -612,10 +612,11 @@ def test_the_plan_counts_what_is_there(tokenizer):
     moments = size(v for state in optimizer.state.values() for k, v in state.items() if k != "step")
     assert parts["always"]["optimizer"] == moments
     text, prompt = model.config.text_config, prefix.PromptKV()
-    prompt.update(*torch.zeros(2, settings.prompts, text.num_key_value_heads, 50, 16))
+    prompt.update(*torch.zeros(2, settings.prompts, 50, text.num_key_value_heads, 16).transpose(2, 3))  # as they come
     cache = prefix.DecodeCache([prompt] * text.num_hidden_layers, settings.group_size, settings.max_new_tokens,
                                torch.ones(settings.prompts, 50))
     assert parts["rollout"]["KV cache"] == size(x for layer in cache.layers for x in layer.prompt + layer.own)
+    assert prompt.keys is cache.layers[0].keys is cache.layers[0].prompt[0]                  # made contiguous, held once
     half = plan.memory(model, settings, 2, False, prompt=50)["always"]
     assert half["optimizer"] == moments / 2 and half["weights"] == size(model.parameters()) / 2
 
