@@ -205,7 +205,7 @@ def test_the_commands_of_the_readme_run(tmp_path):
     script = "\n".join(line for block in blocks for line in block.splitlines()
                        if not re.search(r"Qwen|--size base|pip install|nnodes|--bench", line))
     # one seed; all of what findings.py asks for by name
-    script = re.sub(r"for (?!world|path|reward)(\w+) in (\w+)[\w ]*;", r"for \1 in \2;", script)
+    script = re.sub(r"for (?!world|path|reward|blend)(\w+) in (\w+)[\w ]*;", r"for \1 in \2;", script)
     torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node"
     script = re.sub(r"torchrun --nproc_per_node (\d) (\w+\.py)", rf"{torchrun} \1 {HERE}/\2", script)
     script = re.sub(r"(?<!\S)python (\w+\.py)", rf"{sys.executable} {HERE}/\1", script)

@@ -616,7 +616,7 @@ def test_the_plan_counts_what_is_there(tokenizer):
     cache = prefix.DecodeCache([prompt] * text.num_hidden_layers, settings.group_size, settings.max_new_tokens,
                                torch.ones(settings.prompts, 50))
     assert parts["rollout"]["KV cache"] == size(x for layer in cache.layers for x in layer.prompt + layer.own)
-    assert prompt.keys is cache.layers[0].keys is cache.layers[0].prompt[0]                  # made contiguous, held once
+    assert prompt.keys is cache.layers[0].keys is cache.layers[0].prompt[0]                  # held once
     half = plan.memory(model, settings, 2, False, prompt=50)["always"]
     assert half["optimizer"] == moments / 2 and half["weights"] == size(model.parameters()) / 2
 
