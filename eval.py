@@ -212,7 +212,10 @@ def show_changes(title, before, after):
             text = "".join(f"  {key} {change[0]:+.3f} ±{change[1]:.3f}" for key, change in changes.items() if change)
             run.say(f"  {path} {name:<8}{text}")
         if path == "dtr" and any(r["center_errors_m"] for r in b):
-            run.say("  dtr median centre error {:+.3f} m, 95 % interval [{:+.3f}, {:+.3f}]".format(*paired_error(b, a)))
+            with np.errstate(invalid="ignore"):             # inf - inf, where most centres are missing
+                change = paired_error(b, a)
+            if np.isfinite(change[0]):
+                run.say("  dtr median centre error {:+.3f} m, 95 % interval [{:+.3f}, {:+.3f}]".format(*change))
 
 
 def same_answer(one, other):

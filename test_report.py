@@ -353,6 +353,25 @@ def test_findings_prints_means_and_paired_differences_and_draws_them(seeds, monk
     assert "NaN" not in (folder / "figure.svg").read_text() and "inf" not in (folder / "figure.svg").read_text()
 
 
+@pytest.mark.filterwarnings("error")
+def test_changes_between_two_evaluations(seeds, capsys):
+    _, found = seeds
+    before, after = found["before"][0], found["after"][0]
+    eval.show_changes("RL", before, after)
+    text = capsys.readouterr().out
+    pairs = [(b, a) for b, a in zip(before, after) if b["path"] == "dtr" and b["task"] in questions.REGION]
+    gains = [a["detection"] - b["detection"] for b, a in pairs]
+    half = 1.96 * statistics.stdev(gains) / len(gains)**0.5
+    (line,) = [line for line in text.splitlines() if line.startswith("  dtr region")]
+    assert f"detection {statistics.mean(gains):+.3f} ±{half:.3f}" in line and "detection" not in text.split("dtr")[0]
+    middle = [statistics.median(math.inf if e is None else e for r in side for e in r["center_errors_m"])
+              for side in zip(*pairs)]
+    assert f"centre error {middle[1] - middle[0]:+.3f} m, 95 % interval [" in text
+    lost = [{**row, "center_errors_m": [None] * len(row["center_errors_m"])} for row in before]
+    eval.show_changes("RL", lost, lost)                     # no centres at all: no median, no change, no warning
+    assert "centre error" not in capsys.readouterr().out
+
+
 def test_findings_tells_how_a_run_went(seeds, monkeypatch, capsys):
     folder, _ = seeds
     path = [0.6] * 20 + [0.2] * 10 + [0.4] * 10             # of the reward; the mean over ten steps falls by 0.4
