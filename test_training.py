@@ -373,15 +373,18 @@ def test_the_log_has_the_largest_distance_to_the_sampler(tokenizer, groups, tmp_
 
 
 @pytest.mark.parametrize("reward, rule", [(1.0, "spread"), (0.0, "spread"), (0.1, "mean")])
-def test_T22_steps_without_a_group_that_differs_end_and_say_why(reward, rule, tokenizer, tmp_path, monkeypatch):
+def test_T22_steps_without_a_group_that_differs_end_and_say_why(reward, rule, tokenizer, tmp_path, monkeypatch, capsys):
     sample_groups = grpo.sample_groups
 
     def constant(*words):
         return [{**group, "rewards": torch.full((GROUP,), reward)} for group in sample_groups(*words)]
 
     monkeypatch.setattr(grpo, "sample_groups", constant)
-    settings = dataclasses.replace(BASE, out=str(tmp_path), steps=2, prompts=1, minibatches=2, filter=rule, rounds=3)
+    settings = dataclasses.replace(BASE, out=str(tmp_path), steps=2, prompts=1, minibatches=2, filter=rule, rounds=3,
+                                   show_every=1)
     model = grpo.train(settings, make_model(tokenizer), tokenizer, make_processor(), Same(), CPU)
+    assert capsys.readouterr().out.count(f"dropped, {'0% as too hard, 100' if reward == 1 else '100% as too hard, 0'}% "
+                                         "as too easy") == 2
     before = dict(make_model(tokenizer).named_parameters())
     assert all(torch.equal(whole(p.detach()), before[name]) for name, p in model.named_parameters())
     for line in map(json.loads, open(tmp_path / "metrics.jsonl")):
