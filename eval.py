@@ -189,12 +189,16 @@ def paired(before, after, key, tasks):
     return mean_interval([a - b for b, a in known]) if known else None
 
 
+@np.errstate(invalid="ignore")                              # inf - inf, where most centres are missing
 def paired_error(before, after, draws=1000):
-    """Change of the median centre error (metres) and its 95 % interval, bootstrapped over questions."""
+    """Change of the median centre error (metres) and its 95 % interval, bootstrapped over questions; None without
+    centres."""
     finite = lambda result: [np.inf if e is None else e for e in result["center_errors_m"]]
     pairs = [(finite(b), finite(a)) for b, a in zip(before, after) if b["center_errors_m"]]
-    random = np.random.default_rng(0)
     medians = lambda picked: np.array([np.median(sum((pair[k] for pair in picked), [])) for k in (0, 1)])
+    if not pairs or not np.isfinite(medians(pairs)).all():
+        return None
+    random = np.random.default_rng(0)
     resamples = random.integers(len(pairs), size=(draws, len(pairs)))
     change = [np.diff(medians([pairs[i] for i in picked]))[0] for picked in resamples]
     return float(np.diff(medians(pairs))[0]), *map(float, np.percentile(change, [2.5, 97.5]))
@@ -211,11 +215,9 @@ def show_changes(title, before, after):
             changes = {key: paired(b, a, key, tasks) for key in METRICS}
             text = "".join(f"  {key} {change[0]:+.3f} ±{change[1]:.3f}" for key, change in changes.items() if change)
             run.say(f"  {path} {name:<8}{text}")
-        if path == "dtr" and any(r["center_errors_m"] for r in b):
-            with np.errstate(invalid="ignore"):             # inf - inf, where most centres are missing
-                change = paired_error(b, a)
-            if np.isfinite(change[0]):
-                run.say("  dtr median centre error {:+.3f} m, 95 % interval [{:+.3f}, {:+.3f}]".format(*change))
+        error = paired_error(b, a)
+        if error:
+            run.say(f"  {path} median centre error {error[0]:+.3f} m, 95 % interval [{error[1]:+.3f}, {error[2]:+.3f}]")
 
 
 def same_answer(one, other):

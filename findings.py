@@ -13,7 +13,6 @@ that of the questions, 1.96 standard errors of the questions' means over the see
 """
 import argparse
 import glob
-import json
 import os
 from html import escape
 
@@ -21,6 +20,7 @@ import numpy as np
 
 import eval
 import questions
+import report
 import run
 
 T95 = [np.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]               # Student's t, 1, 2, .. free
@@ -71,7 +71,7 @@ def course(pattern):
     found = {}
     for file in sorted(glob.glob(pattern)):
         log = os.path.join(os.path.dirname(file), "metrics.jsonl")
-        lines = [json.loads(line) for line in open(log)] if os.path.isfile(log) else []
+        lines = report.log_lines(log) if os.path.isfile(log) else []
         if not any("kept" in line for line in lines):
             raise run.UserError(f"--course: {log} is not of grpo.py; give only its eval.json")
         steps = lambda key: np.array([line.get(key, np.nan) for line in lines], float)
@@ -129,7 +129,7 @@ def panel(x, y, width, height, low, high, title):
 
 def curves(pattern, x, y, width, height):
     """Reward of both paths and the detection reward against the steps: mean over the seeds, band from least to most."""
-    runs = [[json.loads(line) for line in open(file)] for file in sorted(glob.glob(pattern))]
+    runs = [report.log_lines(file) for file in sorted(glob.glob(pattern))]
     if not runs:
         raise run.UserError(f"--curves {pattern}: no such file")
     length = min(map(len, runs))

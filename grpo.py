@@ -331,7 +331,7 @@ def report(step, seen, kept, model_steps, log, bar, settings):
         reward = ", ".join(f"{k} {group['parts'][0][k]:.2f}" for k in eval.METRICS if group["parts"][0][k] is not None)
         bar.write(f"--- step {step}: {data.question_of(group['row'])}\n{group['texts'][0]}\n"
                   f"    truth {data.answer_of(group['row'])}; {reward}")
-        if not model_steps:
+        if not line["kept"]:
             bar.write(f"    no optimizer step: every group was dropped, {line['dropped_low']:.0%} as too hard, "
                       f"{line['dropped_high']:.0%} as too easy. Too hard for all: needs a cold start with traces")
 

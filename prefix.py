@@ -204,9 +204,7 @@ class DecodeKV(DynamicLayer):
         """Keep these prompts, and move their responses from the places old (prompt, slot) to the places `new`."""
         if len(prompts) < len(self.prompt[0]):
             self.prompt = [x[prompts] for x in self.prompt]
-        for i, own in enumerate(self.own):
-            self.own[i] = own.new_zeros(len(prompts), own.shape[1], new.width, *own.shape[3:])
-            self.own[i][new.prompt, :, new.slot] = own[old[0], :, old[1]]
+        self.own = [new.spread(own[old[0], :, old[1]]).contiguous() for own in self.own]
 
 
 class Places:
@@ -217,16 +215,15 @@ class Places:
 
     def __init__(self, prompt, hidden):
         count = torch.bincount(prompt)
-        self.prompt, self.hidden, self.width = prompt, hidden, int(count.max())
+        self.prompt, self.hidden, self.shape = prompt, hidden, (len(count), int(count.max()))    # B, width
         self.slot = torch.arange(len(prompt), device=prompt.device) - (count.cumsum(0) - count)[prompt]
-        self.shape = len(count), self.width                 # B, width
-        self.holes = len(prompt) < len(count) * self.width  # without any no index is needed, only another view
+        self.holes = len(prompt) < math.prod(self.shape)    # without any no index is needed, only another view
 
     def spread(self, x):
         """Rows (rows, K, ..) -> at their places (B, K, width, ..), 0 in the holes."""
         if not self.holes:
             return x.unflatten(0, self.shape).transpose(1, 2)
-        wide = x.new_zeros(self.shape[0], x.shape[1], self.width, *x.shape[2:])
+        wide = x.new_zeros(self.shape[0], x.shape[1], self.shape[1], *x.shape[2:])
         wide[self.prompt, :, self.slot] = x
         return wide
 

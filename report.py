@@ -140,10 +140,16 @@ def error_chart(named, color):
 
 def read_log(folder):
     """The lines of folder/metrics.jsonl; without that file none, and it says so."""
-    path, lines = os.path.join(folder, "metrics.jsonl"), []
+    path = os.path.join(folder, "metrics.jsonl")
     if not os.path.isfile(path):
         run.say(f"report: no {path}, so no curves of that run (--runs names folders of sft.py and grpo.py)")
         return []
+    return log_lines(path)
+
+
+def log_lines(path):
+    """The steps of a metrics.jsonl."""
+    lines = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file, 1):
             try:
