@@ -1,23 +1,34 @@
-"""GRPO on both reasoning paths at once (SR-REAL, arXiv 2606.17539, stage 2), after the cold start of sft.py.
+"""Stage 2, reinforcement learning: GRPO on both reasoning paths at once, after the cold start.
 
-    torchrun --nproc_per_node 2 grpo.py                # embedded world, two CPU cores: cold start, GRPO, evaluation
-    python grpo.py --model out/sft --data rl.json --lora 16 --checkpointing --rollout_prompts 16         # one card
-    torchrun --nproc_per_node 8 grpo.py --model out/sft --data rl.json --checkpointing --rollout_prompts 16 --resume
+The paths are LOR (language-only reasoning) and DTR (detect-then-reason: 3D coordinates first).
+
+    torchrun --nproc_per_node 2 grpo.py        # embedded world, two CPU cores: cold start, GRPO, evaluation
+    python grpo.py --model out/sft --data rl.json --lora 16 --checkpointing --rollout_prompts 16
+    torchrun --nproc_per_node 8 grpo.py --model out/sft --data rl.json --checkpointing --resume
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 grpo.py ...
 
-    G responses to one prompt, rewards r     A = (r - mean r) / (std r + 1e-6), the same for each token
-    ratio of a token                         w = exp(log p - log p_old)
-    clipped objective                        J = min(w A, clip(w, 1 - 0.2, 1 + 0.3) A), and J >= 3 A where A < 0
-    KL to the frozen cold start              k3 = p_ref/p - log(p_ref/p) - 1
-    loss                                     - sum(J - kl k3) / tokens of the optimizer step, over all ranks
+For G responses to one prompt with rewards r:
 
-Differences from the paper's release:
-1. Token mean over all tokens of the optimizer step, across ranks and micro-batches. (There: over micro-batches of two.)
-2. A group is kept if its rewards differ; --filter mean is the paper's rule, 0.2 < mean < 0.99, which keeps ties.
-3. The sampled distribution is the scored one: temperature 1, no top-p, the same placeholders suppressed in both.
-4. Old log-probabilities come from the sampler itself; the log shows their distance to the training forward (about 0).
-5. The vision side is frozen and its features are computed once a step, for rollout, policy and reference. No warm-up.
+    advantage                         A = (r - mean r) / (std r + 1e-6), the same for every token
+    ratio of a token                  w = exp(log p - log p_old)
+    clipped objective                 J = min(w A, clip(w, 1 - 0.2, 1 + 0.3) A); J >= 3 A where A < 0
+    KL to the frozen cold start       k3 = p_ref / p - log(p_ref / p) - 1
+    loss                              - sum(J - kl k3) / tokens of the optimizer step, over all ranks
+
+Differences from the authors' release (the method is SR-REAL, arXiv 2606.17539):
+1. The token mean is over all tokens of the optimizer step, across ranks and micro-batches.
+   (There: over micro-batches of two responses.)
+2. A group is kept if its rewards differ. --filter mean is the paper's rule, 0.2 < mean < 0.99, which
+   keeps ties.
+3. The sampled distribution is the scored one: temperature 1, no top-p, the same tokens banned in both.
+4. Old log-probabilities come from the sampler itself; the log shows their distance to the training
+   forward ("mismatch", about 0).
+5. The vision side is frozen and its features are computed once per step, for rollout, policy and
+   reference. The learning rate has no warm-up.
+
+Dimensions: B prompts, G responses per prompt, N = B G, T response tokens.
 """
+
 import copy
 import math
 import os
@@ -26,380 +37,645 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import data
 import eval
-import plan
 import rewards
-import run
 import sft
-import watch
-from model import add_adapters, adapters_off, join_features, rollout, select_features, token_logprobs
-from run import setting
+from engine import distributed, plan, report, watch
+from engine.checkpoint import Keeper, load_model, resumable_state, save_model
+from engine.lora import adapters_off, add_adapters
+from engine.settings import parse, run_main, setting
+from engine.shared_prefix import rollout, token_logprobs  # as in model.py, 3 to 5 times as fast
+from formats.errors import UserError
+from formats.instances import centers_of
+from model import decode, join_features, split_features, token_rules
+from world.sources import FRESH, held_out, rl_blend
+from world.tiny import fill_by_size, image_side, new_model, size_plan
 
 
 @dataclass
 class Settings:
+    # what is trained, on what
     out: str = setting("out/grpo", "folder for the model, metrics.jsonl and the evaluations")
-    model: str = setting("out/sft", "cold start; made first when it is missing and --data is not given")
+    model: str = setting(
+        "out/sft", "cold start; made first where it is missing and --data not given"
+    )
     size: str = setting("tiny", "size of a new model: tiny (1.2 M parameters), small, base")
     data: list = setting([], "instance files, FILE or FILE*weight; empty: the embedded world")
     scenes: str = setting("", "scenes.jsonl: train on questions about these pictures")
     skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
-    path: str = setting("both", "embedded world: train lor, dtr or both (the paper: both)", ("lor", "dtr", "both"))
-    detection: str = setting("shared", "DTR's detection reward: shared: divided by objects or boxes (the more); "
-                                       "boxes: by boxes, as the release does; none: 0.8 accuracy + 0.2 format",
-                             ("shared", "boxes", "none"))
+    path: str = setting(
+        "both", "embedded world: train lor, dtr or both (paper: both)", ("lor", "dtr", "both")
+    )
+    detection: str = setting(
+        "shared",
+        "DTR's detection reward; shared: divided by objects or boxes, the more; boxes: by boxes, as "
+        "the release does; none: 0.8 accuracy + 0.2 format",
+        ("shared", "boxes", "none"),
+    )
     seed: int = setting(0, "seed of data order and sampling")
+    # a step
     steps: int = setting(80, "rollout steps (paper: 600)")
-    prompts: int = setting(0, "prompts a step, all ranks together; 0: by --size, tiny 48 (paper: 512)")
-    group_size: int = setting(8, "responses a prompt, G (paper: n = 5)")
-    minibatches: int = setting(4, "optimizer steps a rollout step, one pass over the responses (paper: 4)")
+    prompts: int = setting(0, "prompts per step, all ranks; 0: by --size, tiny 48 (paper: 512)")
+    group_size: int = setting(8, "responses per prompt, G (paper: n = 5)")
+    minibatches: int = setting(4, "optimizer steps per rollout, one pass over it (paper: 4)")
     temperature: float = setting(1.0, "of sampling and of the scored distribution (paper: 1.0)")
     max_new_tokens: int = setting(160, "longest response (paper: 2048)")
-    lr: float = setting(0.0, "constant learning rate; 0: 4e-5; 1e-6 above 0.3 B parameters, the paper's; with --lora "
-                             "1e-5")
+    filter: str = setting(
+        "spread",
+        "groups to keep; spread: rewards differ; mean: the paper's 0.2 < mean < 0.99; none: all",
+        ("spread", "mean", "none"),
+    )
+    min_std: float = setting(0.01, "spread: least standard deviation of a group's rewards")
+    rounds: int = setting(1, "most rollout rounds per step, to replace dropped groups (paper: 30)")
+    # the update
+    lr: float = setting(
+        0.0, "constant; 0: 4e-5; above 0.3 B parameters 1e-6, the paper's; with --lora 1e-5"
+    )
     weight_decay: float = setting(0.01, "of AdamW (paper: 0.01)")
     clip: float = setting(1.0, "largest gradient norm (paper: 1.0)")
     clip_low: float = setting(0.2, "ratio is clipped at 1 - this (paper: 0.2)")
     clip_high: float = setting(0.3, "and at 1 + this (paper: 0.3)")
-    dual_clip: float = setting(3.0, "a negative advantage costs at most this many times itself (paper: 3.0)")
-    kl: float = setting(0.02, "weight of the KL to the cold start; 0: no reference model (paper: 0.01)")
-    filter: str = setting("spread", "groups to keep: spread: rewards differ; mean: the paper's 0.2 < mean < 0.99; none",
-                          ("spread", "mean", "none"))
-    min_std: float = setting(0.01, "spread: smallest standard deviation of a group's rewards; less is a tie, no signal")
-    rollout_prompts: int = setting(0, "prompts of a rank that are rolled out at once; 0: all; bounds the KV cache")
-    rounds: int = setting(1, "most rollout rounds a step, to replace dropped groups (paper: 30)")
-    lora: int = setting(0, "rank of adapters on the language model's linear layers; 0: train all its weights")
+    dual_clip: float = setting(3.0, "a negative advantage costs at most this times it (paper: 3.0)")
+    kl: float = setting(0.02, "weight of the KL to the cold start; 0: no reference (paper: 0.01)")
+    lora: int = setting(0, "rank of adapters on the language model; 0: train all its weights")
     train_vision: bool = setting(False, "also train the vision side (paper: frozen)")
-    micro_tokens: int = setting(6144, "most tokens, with padding, of one training pass on a rank; bounds memory")
-    checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); a third slower")
-    attention: str = setting("auto", "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed")
-    questions: int = setting(-1, "held-out questions of the embedded world to evaluate on, on both paths; 0: no "
-                                 "evaluation; -1: 1320, or none with --data or --scenes")
-    show_every: int = setting(10, "steps between printed responses")
-    save_every: int = setting(20, "steps between checkpoints, and one at the end; 0: only when stopped by a signal")
+    # the machine
+    rollout_prompts: int = setting(
+        0, "prompts of a rank that are rolled out at once; 0: all; bounds the KV cache"
+    )
+    micro_tokens: int = setting(6144, "most tokens of one training pass on a rank; bounds memory")
+    checkpointing: bool = setting(False, "recompute activations in backward; a third slower")
+    attention: str = setting(
+        "auto",
+        "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed",
+        ("auto", "sdpa", "flash"),
+    )
+    # keeping and telling
+    questions: int = setting(
+        -1,
+        "held-out questions of the embedded world to evaluate on, on both paths; 0: no evaluation; "
+        "-1: 1320, or none with --data or --scenes",
+    )
+    show_every: int = setting(10, "steps between printed responses; 0: none")
+    save_every: int = setting(
+        20, "steps between checkpoints, and one at the end; 0: only at a signal"
+    )
     keep: int = setting(2, "checkpoints to keep, the newest ones")
-    resume: bool = setting(False, "go on from the newest whole checkpoint in --out; from the start if there is none")
+    resume: bool = setting(
+        False, "go on from the newest whole checkpoint in --out, if there is one"
+    )
     tensorboard: bool = setting(False, "also write the metrics for TensorBoard")
     wandb: bool = setting(False, "also send the metrics to wandb")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the maths (tensors in, tensors out)
+# ----------------------------------------------------------------------------------------------
+# the maths: tensors in, tensors out. This block needs torch and nothing else of this file.
 
 
 def group_advantages(rewards):
-    """Group-normalised advantages of rewards (B, G): (r - mean) / (std + 1e-6), unbiased std; exactly 0 for ties."""
-    centered = rewards - rewards.mean(1, keepdim=True)
-    tie = (rewards == rewards[:, :1]).all(1, keepdim=True)  # the mean of ties can be off by a rounding error
-    return torch.where(tie, 0.0, centered / (rewards.std(1, keepdim=True) + 1e-6))
+    """Group-normalised advantages of rewards (B, G): (r - mean) / (std + 1e-6), 0 for ties.
 
-
-def grpo_loss(logprobs, old, reference, advantages, mask, clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl=0.01):
-    """Summed token loss, to be divided by the tokens of the optimizer step; and sums for the log.
-
-    logprobs, old, reference (or None), mask (1 = token of the response, with its stop token): (N, T); advantages (N,).
+    The standard deviation is the unbiased one.
     """
-    advantages = advantages[:, None]
-    ratio = (logprobs - old).clamp(-20, 20).exp()           # (N, T); exp(20) is finite, exp(100) is not
-    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    centered = rewards - rewards.mean(1, keepdim=True)
+    advantages = centered / (rewards.std(1, keepdim=True) + 1e-6)
+    tie = (rewards == rewards[:, :1]).all(1, keepdim=True)  # (B, 1)
+    return torch.where(tie, 0.0, advantages)  # exactly: the mean of ties can be off by a rounding
+
+
+def grpo_loss(
+    logprobs,
+    old_logprobs,
+    ref_logprobs,
+    advantages,
+    mask,
+    clip_low=0.2,
+    clip_high=0.3,
+    dual_clip=3.0,
+    kl=0.02,
+):
+    """The token loss, summed: to be divided by the tokens of the optimizer step. And sums to log.
+
+    logprobs, old_logprobs, ref_logprobs (or None) and mask (N, T), 1 = token of a response, up to
+    and including its stop token; advantages (N,).
+    """
+    advantages = advantages[:, None]  # (N, 1)
+    ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()  # exp(20) is finite, exp(100) is not
+    plain = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     objective = torch.minimum(plain, clipped)
-    objective = torch.where(advantages < 0, objective.maximum(dual_clip * advantages), objective)
+    floored = objective.maximum(dual_clip * advantages)
+    objective = torch.where(advantages < 0, floored, objective)
     loss = -objective
-    stats = {"ratio": ratio, "clipped": (clipped < plain).float(), "mismatch": (logprobs - old).abs()}
-    if reference is not None:
-        gap = (reference - logprobs).clamp(-20, 20)         # log p_ref / p
-        k3 = gap.exp() - gap - 1                            # its gradient is that of KL(p_ref, p), not of KL(p, p_ref)
+    stats = {
+        "ratio": ratio,
+        "clipped": (clipped < plain).float(),
+        "mismatch": (logprobs - old_logprobs).abs(),
+    }
+    if ref_logprobs is not None:
+        gap = (ref_logprobs - logprobs).clamp(-20, 20)  # log(p_ref / p)
+        k3 = (
+            gap.exp() - gap - 1
+        )  # its expected gradient is that of KL(p_ref, p), not of KL(p, p_ref)
         loss = loss + kl * k3
         stats["kl"] = k3
-    keep = mask.bool()
-    return loss[keep].sum(), {name: value.detach()[keep].sum() for name, value in stats.items()}
+    counts = mask.bool()
+    sums = {name: value.detach()[counts].sum() for name, value in stats.items()}
+    return loss[counts].sum(), sums
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# rollout -> reward -> groups
+# ----------------------------------------------------------------------------------------------
+# what a run consists of
 
 
-def trained_reward(row, text, parts, detection):
-    """The reward that is optimized: the whole one, or with --detection an ablation. Logs always show the whole one."""
-    if parts["detection"] is None or detection == "shared":
-        return parts["reward"]
-    if detection == "none":
-        return rewards.weighted({**parts, "detection": None})
-    boxes = len(rewards.parse_boxes(text))
-    surplus = max(len(data.centers_of(row)), boxes) / max(boxes, 1)                          # objects left out: free
-    return rewards.weighted({**parts, "detection": parts["detection"] * surplus})
+@dataclass
+class Learner:
+    """What `set_up` makes and the loop uses."""
+
+    model: torch.nn.Module  # the policy, sharded
+    reference: torch.nn.Module | None  # the frozen cold start; with --lora the policy itself
+    optimizer: torch.optim.Optimizer
+    tokenizer: object
+    processor: object
+    device: torch.device
+    stop_ids: torch.Tensor
+    banned: torch.Tensor  # token ids that are never sampled
+    generator: torch.Generator | None = None  # of the sampling; no two ranks sample alike
 
 
-def sample_groups(model, rows, tokenizer, processor, rules, settings, generator, device):
-    """Roll out and score the rows. -> one dict a group: prompt, features, tokens, mask, old log-probs, rewards, .."""
-    watch.lap("rollout")
-    stop, banned = rules
-    samples = [data.encode(row, tokenizer, processor, train=False) for row in rows]
-    prompts = data.to(data.collate(samples, tokenizer), device)
-    tokens, mask, old, features = rollout(model, prompts, settings.group_size, settings.max_new_tokens, stop, banned,
-                                          settings.temperature, generator)
-    watch.lap("reward")
-    texts, ended = eval.decode(tokenizer, tokens, mask, set(stop.tolist()))
-    groups, first, seen = [], 0, 0
-    for i, (row, sample) in enumerate(zip(rows, samples)):
-        mine = slice(i * settings.group_size, (i + 1) * settings.group_size)
-        parts = [eval.score(row, text) for text in texts[mine]]
-        regions = slice(first, first := first + len(sample["regions"]))
-        images = range(seen, seen := seen + len(sample["image_grid_thw"]))
-        groups.append({"row": row, "sample": sample, "features": select_features(features, images, regions),
-                       "tokens": tokens[mine], "mask": mask[mine], "old": old[mine], "texts": texts[mine],
-                       "rewards": torch.tensor([trained_reward(row, text, part, settings.detection)
-                                                for text, part in zip(texts[mine], parts)]), "parts": parts,
-                       "cut": ended[mine].count(False)})
-    return groups
-
-
-def keep_group(group, settings):
-    """Does the group carry a signal? spread: its rewards differ. mean: the paper's rule, which also keeps ties."""
-    mean, std = group["rewards"].mean().item(), group["rewards"].std().item()
-    return {"spread": std > settings.min_std, "mean": 0.2 < mean < 0.99, "none": True}[settings.filter]
-
-
-def mini_batches(groups, count):
-    """Groups in `count` runs of neighbours. The blend interleaves its sources evenly, so that each run holds all of
-    them; every count-th group would not."""
-    return [groups[len(groups) * k // count:len(groups) * (k + 1) // count] for k in range(count)]
-
-
-def micro_batches(groups, max_tokens):
-    """Groups sorted by length, cut where a pass would exceed max_tokens with its padding. A group is never split."""
-    prompt, response = lambda g: len(g["sample"]["prompt"]), lambda g: g["mask"].sum(1).max().item()
-    padded = lambda part: len(part) * (max(map(prompt, part)) + len(part[0]["mask"]) * max(map(response, part)))
-    parts = []
-    for group in sorted(groups, key=lambda g: padded([g])):
-        if not parts or padded(parts[-1] + [group]) > max_tokens:
-            parts.append([])
-        parts[-1].append(group)
-    return parts
-
-
-def collate_groups(groups, tokenizer, device):
-    """Groups -> prompts, features, tokens, mask, old (N, T), cut to the longest response, and advantages (N,)."""
-    prompts = data.to(data.collate([g["sample"] for g in groups], tokenizer), device)
-    length = max(int(g["mask"].sum(1).max()) for g in groups)
-    pad = lambda x: torch.nn.functional.pad(x[:, :length], (0, length - min(length, x.shape[1])))
-    tokens, mask, old = (torch.cat([pad(g[key]) for g in groups]) for key in ("tokens", "mask", "old"))
-    advantages = torch.cat([group_advantages(g["rewards"][None])[0] for g in groups]).to(device)
-    return prompts, join_features([g["features"] for g in groups]), tokens, mask, old, advantages
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# one optimizer step
-
-
-def optimizer_step(model, reference, optimizer, groups, filler, tokenizer, banned, settings, device,
-                   finite=lambda loss, norm, rows: math.isfinite(loss + norm)):
-    """One step on this rank's groups (maybe none: then `filler` takes part in the collectives with weight 0).
-
-    -> means over the tokens of all ranks, for the log; None if no rank has a token or `finite` (see Keeper) says no.
-    """
-    tokens = run.total(sum(g["mask"].sum().item() for g in groups))                          # the denominator, first
-    if tokens == 0:
-        return None
-    parts = micro_batches(groups, settings.micro_tokens)
-    rounds = run.most(len(parts))                           # every rank runs as many passes, or the collectives hang
-    sums, rows, worst = {}, [], 0.0
-    for i in range(rounds):
-        real = i < len(parts)
-        batch = collate_groups(parts[i] if real else [filler], tokenizer, device)
-        prompts, features, ids, mask, old, advantages = batch
-        features = None if settings.train_vision else features
-        ref = None
-        if reference is not None:
-            watch.lap("reference")
-            with torch.no_grad(), adapters_off(reference):  # with adapters the reference is the model without them
-                ref, _ = token_logprobs(reference, prompts, features, ids, mask, banned, settings.temperature)
-            watch.lap("update")
-        run.sync_gradients(model, i == rounds - 1)
-        logprobs, entropy = token_logprobs(model, prompts, features, ids, mask, banned, settings.temperature)
-        loss, stats = grpo_loss(logprobs, old, ref, advantages, mask, settings.clip_low, settings.clip_high,
-                                settings.dual_clip, settings.kl)
-        (loss * real * run.world() / tokens).backward()     # FSDP averages over the ranks, hence their number
-        if real:
-            stats |= {"loss": loss.detach(), "entropy": entropy[mask.bool()].sum()}
-            worst = max(worst, (logprobs.detach() - old)[mask.bool()].abs().max().item())
-            sums = {name: sums.get(name, 0.0) + value.item() for name, value in stats.items()}
-            rows += [(g["row"].get("id") or g["row"]["source"], stats["loss"].item()) for g in parts[i]]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip).full_tensor().item()
-    names = ["loss", "ratio", "clipped", "mismatch", "entropy"] + ["kl"] * (reference is not None)
-    means = {name: run.total(sums.get(name, 0.0)) / tokens for name in names}
-    sound = finite(means["loss"], norm, rows)               # a non-finite loss or gradient skips the step
-    if sound:
-        optimizer.step()
-    optimizer.zero_grad()
-    means |= {"mismatch_max": run.most(worst), "grad_norm": norm, "tokens": tokens}
-    return means if sound else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the loop
-
-
-def train(settings, model, tokenizer, processor, rows, device):
-    """The whole RL stage on a blend of rows. -> the trained (sharded) model"""
-    local, reference = settings.prompts // run.world(), None
-    settings.lr = settings.lr or (4e-5 if not run.is_large(model) else 1e-5 if settings.lora else 1e-6)
+def set_up(settings, model, tokenizer, processor, rows, device):
+    """Reference, freezing, memory plan, sharding, optimizer -> Learner."""
+    if not settings.lr:
+        settings.lr = default_lr(model, settings)
+    reference = None
     if settings.kl > 0 and not settings.lora:
-        reference = run.shard(run.freeze(copy.deepcopy(model), device), device).eval()
-        reference.set_reshard_after_forward(True)           # the root's unit, too: no backward pass would free it
+        frozen = distributed.freeze(copy.deepcopy(model), device)
+        reference = distributed.shard(frozen, device).eval()
+        # Also the weights that are gathered at the root: no backward pass would free them.
+        reference.set_reshard_after_forward(True)
     if settings.lora:
-        add_adapters(run.freeze(model, device), settings.lora, settings.seed)
+        add_adapters(distributed.freeze(model, device), settings.lora, settings.seed)
     elif not settings.train_vision:
         for part in (model.model.visual, model.point_embed, model.region_proj):
             part.requires_grad_(False)
-    prompt = max(len(data.encode(rows[i], tokenizer, processor, train=False)["prompt"]) for i in range(8))
-    plan.check(model, settings, device, prompt)
-    model = run.shard(model, device, settings.checkpointing)
-    reference = model if settings.kl > 0 and settings.lora else reference
+    samples = [data.encode(rows[i], tokenizer, processor, train=False) for i in range(8)]
+    longest_prompt = max(len(sample["prompt"]) for sample in samples)
+    plan.check(model, settings, device, longest_prompt)
+    model = distributed.shard(model, device, settings.checkpointing)
+    if settings.kl > 0 and settings.lora:
+        reference = model  # without its adapters it is the cold start
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, betas=(0.9, 0.999), weight_decay=settings.weight_decay,
-                                  fused=True)
-    run.say(f"GRPO: {settings.steps} steps of {settings.prompts} prompts x {settings.group_size} responses ({local} "
-            f"prompts a rank), {settings.minibatches} optimizer steps each; "
-            f"{sum(p.numel() for p in trained):,} trained parameters")
-    rules = eval.token_rules(model, tokenizer, device)
-    generator = torch.Generator(device).manual_seed(settings.seed * 1000 + run.rank())       # no two ranks sample alike
-    keeper = checkpoint.Keeper(settings, model, tokenizer, processor, generator)
-    first, position = keeper.begin("GRPO", settings.steps, optimizer)                        # 0, 0 unless resumed
-    bar = tqdm(range(first, settings.steps), desc="GRPO", initial=first, total=settings.steps, disable=run.rank() > 0,
-               mininterval=2)
-    at_once = settings.rollout_prompts or local
+    optimizer = torch.optim.AdamW(
+        trained,
+        lr=settings.lr,
+        betas=(0.9, 0.999),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    distributed.say(
+        f"GRPO: {settings.steps} steps of {settings.prompts} prompts x {settings.group_size} responses "
+        f"({settings.prompts // distributed.world_size()} prompts per rank), "
+        f"{settings.minibatches} optimizer steps each; "
+        f"{sum(p.numel() for p in trained):,} trained parameters"
+    )
+    stop_ids, banned = token_rules(model, tokenizer, device)
+    generator = torch.Generator(device)
+    generator.manual_seed(settings.seed * 1000 + distributed.rank())
+    return Learner(
+        model, reference, optimizer, tokenizer, processor, device, stop_ids, banned, generator
+    )
+
+
+def default_lr(model, settings):
+    if not distributed.is_large(model):
+        return 4e-5
+    return 1e-5 if settings.lora else 1e-6
+
+
+# ----------------------------------------------------------------------------------------------
+# the loop
+
+
+def train(settings, model, tokenizer, processor, rows, device, reward_function=None):
+    """The whole stage on a blend of rows -> the trained, sharded model.
+
+    reward_function(row, response, parts) -> what is optimized; parts: the reward parts of data.score,
+    which the log always shows. Default: parts["reward"], their sum.
+    """
+    reward_function = reward_function or whole_reward
+    learner = set_up(settings, model, tokenizer, processor, rows, device)
+    keeper = Keeper(settings, learner.model, tokenizer, processor, learner.generator)
+    first_step, position = keeper.begin("GRPO", settings.steps, learner.optimizer)  # 0, 0: fresh
+    bar = tqdm(
+        range(first_step, settings.steps),
+        desc="GRPO",
+        initial=first_step,
+        total=settings.steps,
+        disable=distributed.rank() > 0,
+        mininterval=2,
+    )
+    local = settings.prompts // distributed.world_size()  # prompts per rank
     for step in bar:
-        kept, seen = [], []
-        with run.gathered(model):
-            for round_ in range(settings.rounds):           # the same number on every rank: decided on sums
-                mine = [rows[position + run.rank() * local + i] for i in range(local)]
+        # Sample, score, filter; again in up to --rounds rounds, to replace groups that were dropped.
+        sampled = []
+        kept = []
+        with distributed.gathered(learner.model):
+            for _ in range(settings.rounds):
+                start = position + distributed.rank() * local
+                prompts = [rows[i] for i in range(start, start + local)]
                 position += settings.prompts
-                groups = []
-                for i in range(0, local, at_once):
-                    groups += sample_groups(model, mine[i:i + at_once], tokenizer, processor, rules, settings,
-                                            generator, device)
-                seen += groups
-                kept = (kept + [g for g in groups if keep_group(g, settings)])[:local]
-                if run.total(len(kept)) == settings.prompts:
+                groups = sample_groups(learner, prompts, settings, reward_function)
+                sampled += groups
+                kept = (kept + [group for group in groups if group["kept"]])[:local]
+                if distributed.total(len(kept)) == settings.prompts:  # the same on every rank
                     break
+        # Advantages.
+        for group in sampled:
+            group["advantages"] = group_advantages(group["rewards"][None])[0]  # (G,)
+        # Update.
         watch.lap("update")
-        model_steps = []
-        model.train()
-        for part in mini_batches(kept, settings.minibatches):
-            stats = optimizer_step(model, reference, optimizer, part, seen[0], tokenizer, rules[1], settings, device,
-                                   keeper.finite)
-            model_steps += [stats] if stats else []
-        report(step, seen, kept, model_steps, keeper.log, bar, settings)
+        learner.model.train()
+        updates = []
+        for groups in mini_batches(kept, settings.minibatches):
+            stats = optimizer_step(learner, groups, sampled[0], settings, keeper.finite)
+            if stats is not None:
+                updates.append(stats)
+        # Log and keep.
+        watch.report_step(step, sampled, kept, updates, keeper.log, bar, settings)
         keeper.after(step + 1, position)
     keeper.close()
-    run.save_model(model, tokenizer, processor, settings.out)
-    return model
+    save_model(learner.model, tokenizer, processor, settings.out)
+    return learner.model
 
 
-def report(step, seen, kept, model_steps, log, bar, settings):
-    """Rank-averaged metrics of a step: one JSON line, the bar, and now and then one whole response."""
-    line = {}
-    for path in ("lor", "dtr"):
-        parts = [p for g in seen if data.path_of(g["row"]) == path for p in g["parts"]]
-        for key in eval.METRICS:
-            values = [p[key] for p in parts if p[key] is not None]
-            count = run.total(len(values))
-            if count:
-                line[f"{path}_{key}"] = run.total(sum(values)) / count
-    responses = run.total(sum(len(g["parts"]) for g in seen))
-    dropped = [g["rewards"].mean().item() for g in seen if not keep_group(g, settings)]
-    groups, low = run.total(len(seen)), run.total(sum(mean < 0.5 for mean in dropped))
-    line["rounds"], line["kept"] = len(seen) // (settings.prompts // run.world()), run.total(len(kept)) / groups
-    line["dropped_low"] = low / groups                      # no signal because too hard (mean reward below 0.5)
-    line["dropped_high"] = (run.total(len(dropped)) - low) / groups                          # .. because too easy
-    line["cut"] = run.total(sum(g["cut"] for g in seen)) / responses
-    line["length"] = run.total(sum(g["mask"].sum().item() for g in seen)) / responses
-    for key in model_steps[0] if model_steps else []:
-        line[key] = sum(s[key] for s in model_steps) / len(model_steps)
-    if model_steps:
-        line["mismatch_max"] = max(s["mismatch_max"] for s in model_steps)
-        line |= {f"first_{key}": model_steps[0][key] for key in ("ratio", "mismatch", "mismatch_max")}
-    log.write(step, line["length"] * responses, **line)
-    shown = [key for key in ("lor_reward", "dtr_reward", "dtr_detection", "kl") if key in line]
-    bar.set_postfix({key: f"{line[key]:.3f}" for key in shown}, refresh=False)
-    if run.rank() == 0 and settings.show_every and step % settings.show_every == 0:
-        group = seen[step % len(seen)]
-        reward = ", ".join(f"{k} {group['parts'][0][k]:.2f}" for k in eval.METRICS if group["parts"][0][k] is not None)
-        bar.write(f"--- step {step}: {data.question_of(group['row'])}\n{group['texts'][0]}\n"
-                  f"    truth {data.answer_of(group['row'])}; {reward}")
-        if not line["kept"]:
-            bar.write(f"    no optimizer step: every group was dropped, {line['dropped_low']:.0%} as too hard, "
-                      f"{line['dropped_high']:.0%} as too easy. Too hard for all: needs a cold start with traces")
+# ----------------------------------------------------------------------------------------------
+# sample, score, filter
+
+
+def sample_groups(learner, rows, settings, reward_function):
+    """Roll out and score some rows -> a list with one group, a dict, per row:
+
+    row, sample: the instance, as it is and encoded; features: of its images;
+    tokens, mask, old_logprobs (G, T); texts: the G responses; cut: how many of them did not end;
+    parts: their reward parts (data.score); rewards (G,): what is optimized; kept: by the filter.
+    """
+    groups = []
+    at_once = settings.rollout_prompts or len(rows)
+    for start in range(0, len(rows), at_once):
+        watch.lap("rollout")
+        part = rows[start : start + at_once]
+        groups += rollout_groups(learner, part, settings)
+        watch.lap("reward")
+        for group in groups[start:]:
+            row = group["row"]
+            group["parts"] = [data.score(row, text) for text in group["texts"]]
+            group["rewards"] = torch.tensor(
+                [
+                    reward_function(row, text, parts)
+                    for text, parts in zip(group["texts"], group["parts"])
+                ]
+            )
+            group["kept"] = keep_group(group["rewards"], settings)
+    return groups
+
+
+def rollout_groups(learner, rows, settings):
+    """Sample G responses to each row -> groups without rewards; see `sample_groups`."""
+    samples = [data.encode(row, learner.tokenizer, learner.processor, train=False) for row in rows]
+    prompts = data.to(data.collate(samples, learner.tokenizer), learner.device)
+    tokens, mask, old_logprobs, features = rollout(
+        learner.model,
+        prompts,
+        settings.group_size,
+        settings.max_new_tokens,
+        learner.stop_ids,
+        learner.banned,
+        settings.temperature,
+        learner.generator,
+    )  # tokens, mask, old_logprobs: (N, T)
+    stop = set(learner.stop_ids.tolist())
+    texts, ended = decode(learner.tokenizer, tokens, mask, stop)
+    features_of = split_features(features, prompts["input_ids"], learner.model.config)
+    groups = []
+    for i, (row, sample) in enumerate(zip(rows, samples)):
+        mine = slice(i * settings.group_size, (i + 1) * settings.group_size)
+        groups.append(
+            {
+                "row": row,
+                "sample": sample,
+                "features": features_of[i],
+                "tokens": tokens[mine],
+                "mask": mask[mine],
+                "old_logprobs": old_logprobs[mine],
+                "texts": texts[mine],
+                "cut": ended[mine].count(False),
+            }
+        )
+    return groups
+
+
+def keep_group(rewards, settings):
+    """Do the rewards (G,) of a group carry a signal? By --filter."""
+    if settings.filter == "spread":
+        return rewards.std().item() > settings.min_std
+    if settings.filter == "mean":  # the paper's rule, which also keeps ties
+        return 0.2 < rewards.mean().item() < 0.99
+    return True
+
+
+# ----------------------------------------------------------------------------------------------
+# update
+
+
+def optimizer_step(learner, groups, filler, settings, finite=None):
+    """One optimizer step on this rank's groups, in micro-batches.
+
+    filler: a group that stands in, with weight 0, where this rank has fewer micro-batches than
+    others, or none. finite(loss, norm, losses): is the update sound? (Keeper.finite; default: is it
+    finite?) -> means over the tokens of all ranks, to log; None where nothing was updated.
+    """
+    # The denominator first: the tokens of the whole step, over all ranks and micro-batches.
+    tokens = distributed.total(sum(group["mask"].sum().item() for group in groups))
+    if tokens == 0:
+        return None
+    micro = micro_batches(groups, settings.micro_tokens)
+    # Every rank runs as many passes as the others, or the collectives would hang.
+    passes = distributed.most(len(micro))
+    sums = {}
+    losses = []  # (id, loss of the pass that held it) of each group
+    largest_mismatch = 0.0
+    for i in range(passes):
+        counts = i < len(micro)
+        distributed.sync_gradients(learner.model, last=i == passes - 1)
+        loss, stats, mismatch = micro_batch_loss(
+            learner, micro[i] if counts else [filler], settings
+        )
+        # FSDP averages the gradients over the ranks, hence their number.
+        (loss * counts * distributed.world_size() / tokens).backward()
+        if counts:
+            for name, value in stats.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+            losses += [(group_name(group), stats["loss"].item()) for group in micro[i]]
+            largest_mismatch = max(largest_mismatch, mismatch)
+    trained = [p for p in learner.model.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip).full_tensor().item()
+
+    names = ["loss", "ratio", "clipped", "mismatch", "entropy"]
+    if learner.reference is not None:
+        names.append("kl")
+    means = {name: distributed.total(sums.get(name, 0.0)) / tokens for name in names}
+    if finite is None:
+        sound = math.isfinite(means["loss"] + norm)
+    else:
+        sound = finite(means["loss"], norm, losses)
+    if sound:
+        learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    means["mismatch_max"] = distributed.most(largest_mismatch)
+    means["grad_norm"] = norm
+    means["tokens"] = tokens
+    return means if sound else None
+
+
+def micro_batch_loss(learner, groups, settings):
+    """Forward passes and loss of some groups -> summed loss, sums to log, largest mismatch."""
+    prompts, features, tokens, mask, old_logprobs, advantages = collate_groups(
+        groups, learner.tokenizer, learner.device
+    )
+    if settings.train_vision:
+        features = None  # encoded anew, with gradient
+    inputs = (prompts, features, tokens, mask, learner.banned, settings.temperature)
+    ref_logprobs = None
+    if learner.reference is not None:
+        watch.lap("reference")
+        with torch.no_grad(), adapters_off(learner.reference):
+            ref_logprobs, _ = token_logprobs(learner.reference, *inputs)
+        watch.lap("update")
+    logprobs, entropy = token_logprobs(learner.model, *inputs)  # (N, T)
+    loss, stats = grpo_loss(
+        logprobs,
+        old_logprobs,
+        ref_logprobs,
+        advantages,
+        mask,
+        settings.clip_low,
+        settings.clip_high,
+        settings.dual_clip,
+        settings.kl,
+    )
+    counts = mask.bool()
+    stats["loss"] = loss.detach()
+    stats["entropy"] = entropy[counts].sum()
+    mismatch = (logprobs.detach() - old_logprobs)[counts].abs().max().item()
+    return loss, stats, mismatch
+
+
+def collate_groups(groups, tokenizer, device):
+    """Groups -> prompts, features, tokens, mask, old_logprobs (N, T) and advantages (N,).
+
+    T: tokens of the longest response of these groups.
+    """
+    prompts = data.to(data.collate([group["sample"] for group in groups], tokenizer), device)
+    features = join_features([group["features"] for group in groups])
+    length = max(int(group["mask"].sum(1).max()) for group in groups)
+
+    def join(key):
+        cut = [group[key][:, :length] for group in groups]
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(x, (0, length - x.shape[1])) for x in cut])
+
+    advantages = torch.cat([group["advantages"] for group in groups]).to(device)
+    return prompts, features, join("tokens"), join("mask"), join("old_logprobs"), advantages
+
+
+def mini_batches(groups, count):
+    """Groups in `count` runs of neighbours, one per optimizer step.
+
+    The blend interleaves its sources evenly: each run holds all of them; every count-th group may not.
+    """
+    ends = [len(groups) * k // count for k in range(count + 1)]
+    return [groups[start:end] for start, end in zip(ends, ends[1:])]
+
+
+def micro_batches(groups, max_tokens):
+    """Groups sorted by size, cut where a pass would exceed max_tokens with its padding.
+
+    A group is never split.
+    """
+    batches = []
+    for group in sorted(groups, key=lambda group: padded_tokens([group])):
+        if not batches or padded_tokens(batches[-1] + [group]) > max_tokens:
+            batches.append([])
+        batches[-1].append(group)
+    return batches
+
+
+def padded_tokens(groups):
+    """Tokens of a pass over some groups: each prompt once, each of its G responses."""
+    prompt = max(len(group["sample"]["prompt"]) for group in groups)
+    response = max(group["mask"].sum(1).max().item() for group in groups)
+    responses_per_prompt = len(groups[0]["mask"])
+    return len(groups) * (prompt + responses_per_prompt * response)
+
+
+def group_name(group):
+    return group["row"].get("id") or group["row"]["source"]
+
+
+# ----------------------------------------------------------------------------------------------
+# the reward that is optimized: the whole one, or an ablation of its detection part (--detection)
+
+
+def whole_reward(row, response, parts):
+    return parts["reward"]
+
+
+def reward_per_box(row, response, parts):
+    """Detection divided by the boxes that are written: an object left out costs nothing."""
+    if parts["detection"] is None:
+        return parts["reward"]
+    boxes = len(rewards.parse_boxes(response))
+    surplus = max(len(centers_of(row)), boxes) / max(boxes, 1)
+    return rewards.weighted({**parts, "detection": parts["detection"] * surplus})
+
+
+def reward_without_detection(row, response, parts):
+    return rewards.weighted({**parts, "detection": None})
+
+
+REWARD_FUNCTIONS = {
+    "shared": whole_reward,
+    "boxes": reward_per_box,
+    "none": reward_without_detection,
+}
+
+
+# ----------------------------------------------------------------------------------------------
+# the program
+
+
+def check(settings):
+    """UserError for settings that do not go together; fills in those that depend on others."""
+    fill_by_size(settings, prompts="prompts")
+    ranks = distributed.world_size()
+    if settings.prompts % ranks:
+        raise UserError(
+            f"--prompts {settings.prompts}: not divisible by {ranks} processes; use a multiple"
+        )
+    for name in ("steps", "minibatches", "rounds", "max_new_tokens"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"--{name} {getattr(settings, name)}: needs at least 1")
+    if settings.group_size < 2:
+        raise UserError(
+            f"--group_size {settings.group_size}: needs at least 2 responses to compare"
+        )
+    if settings.temperature <= 0:
+        raise UserError(
+            f"--temperature {settings.temperature}: needs more than 0, or all are equal"
+        )
+    if settings.lora and settings.train_vision:
+        raise UserError(
+            "--lora trains adapters of the language model only; leave --train_vision out"
+        )
+    if settings.questions < 0:
+        settings.questions = 0 if settings.data or settings.scenes else 1320
+    if not settings.resume:
+        resumable_state(settings)  # refuses to write over a run, before any work
 
 
 def cold_start(settings, device):
     """Make settings.model with the code and the settings of sft.py."""
-    run.say(f"no cold start in {settings.model}: making one first (sft.py)")
+    distributed.say(f"no cold start in {settings.model}: making one first (sft.py)")
     if settings.size == "tiny" and device.type == "cpu":
-        run.say("the whole run takes about half an hour on two cores: cold start 22 to 26 min, GRPO 5, evaluation 1")
-    made = sft.Settings(out=settings.model, size=settings.size, seed=settings.seed, attention=settings.attention,
-                        resume=settings.resume)
-    model, tokenizer, processor = run.new_model(made.size, made.seed, made.attention)
-    sft.train(made, model, tokenizer, processor, sft.sources_of(made, run.image_side(processor)), device)
+        distributed.say(
+            "the whole run takes about half an hour on two cores: "
+            "cold start 22 to 26 min, GRPO 5, evaluation 1"
+        )
+    made = sft.Settings(
+        out=settings.model,
+        size=settings.size,
+        seed=settings.seed,
+        attention=settings.attention,
+        resume=settings.resume,
+    )
+    model, tokenizer, processor = new_model(made.size, made.seed, data.PROMPTS.values())
+    distributed.use_attention(model, made.attention)
+    sources = sft.sources_of(made, image_side(processor))
+    sft.train(made, model, tokenizer, processor, sources, device)
 
 
 def sources_of(settings, side):
-    """The blend of --data and --scenes, or fresh questions of the embedded world, none twice."""
+    """The sources of --data and --scenes, or fresh questions of the embedded world, none twice."""
     count = settings.prompts * settings.steps * settings.rounds
-    world = data.rl_blend(count, 10**9 + settings.seed * 10**7, side, settings.path)      # above the held-out scenes
+    first_scene = FRESH + settings.seed * 10**7
+    world = rl_blend(count, first_scene, side, settings.path)
     return data.user_sources(settings) or world
 
 
-def main():
-    settings = run.parse(Settings, __doc__)
-    device = run.setup(settings.seed)
-    run.by_size(settings, prompts="prompts")
-    if settings.prompts % run.world():
-        raise run.UserError(f"--prompts {settings.prompts}: not divisible by {run.world()} processes; use a multiple")
-    if min(settings.steps, settings.minibatches, settings.rounds, settings.max_new_tokens) < 1:
-        raise run.UserError("--steps, --minibatches, --rounds and --max_new_tokens need at least 1")
-    if settings.group_size < 2 or settings.temperature <= 0:
-        raise run.UserError("--group_size needs at least 2, --temperature more than 0: equal responses teach nothing")
-    if settings.questions < 0:
-        settings.questions = 0 if settings.data or settings.scenes else 1320
-    if settings.lora and settings.train_vision:
-        raise run.UserError("--lora trains adapters of the language model only; leave --train_vision out")
-    if not settings.resume:
-        checkpoint.state_in(settings)                       # refuses to write over a run, before any work
-    if not os.path.isfile(os.path.join(settings.model, "config.json")) and settings.model == "out/sft":
+def load_start(settings, device):
+    """The model to start from -> model, tokenizer, processor; made first where there is none."""
+    missing = not os.path.isfile(os.path.join(settings.model, "config.json"))
+    if missing and settings.model == "out/sft":
         if settings.data:
-            raise run.UserError("--model: is needed with --data, a model that sft.py made with --data")
+            raise UserError("--model: is needed with --data, a model that sft.py made with --data")
         cold_start(settings, device)
-    model, tokenizer, processor = run.load_model(settings.model, settings.attention)
-    if settings.size != "tiny" and model.config.text_config.hidden_size != run.plan_of(settings.size)["text"][0]:
-        raise run.UserError(f"--size {settings.size}: {settings.model} is of another size; make one by sft.py --size "
-                            f"{settings.size} --out DIR, and give it with --model DIR")
-    blend = data.Blend(sources_of(settings, run.image_side(processor)), settings.seed)
-    held_out = eval.held_out(settings.questions, run.image_side(processor)) if settings.questions else []
+    model, tokenizer, processor = load_model(settings.model)
+    width = model.config.text_config.hidden_size
+    if settings.size != "tiny" and width != size_plan(settings.size)["text"][0]:
+        raise UserError(
+            f"--size {settings.size}: {settings.model} is of another size; make one by "
+            f"sft.py --size {settings.size} --out DIR, and give it with --model DIR"
+        )
+    distributed.use_attention(model, settings.attention)
+    return model, tokenizer, processor
+
+
+def evaluate_start(settings, model, tokenizer, processor, questions, device):
+    """Greedy answers of the cold start; those of an earlier run where this one is resumed."""
+    file = os.path.join(settings.out, "eval_cold_start.json")
+    if settings.resume and os.path.isfile(file):
+        results = eval.read_json(file)
+        if len(results) == len(questions):
+            return results
+    model = distributed.shard(copy.deepcopy(model), device)  # a copy that is not kept
     asked = eval.Settings(max_new_tokens=settings.max_new_tokens)
-    if held_out:
-        file = os.path.join(settings.out, "eval_cold_start.json")
-        before = eval.read_json(file) if settings.resume and os.path.isfile(file) else []
-        if len(before) != len(held_out):
-            before = eval.answer(run.shard(copy.deepcopy(model), device), tokenizer, processor, held_out, device, asked,
-                                 "cold start")              # that copy is not kept
-            eval.write_json(file, before)
-    model = train(settings, model, tokenizer, processor, blend, device)
-    if held_out:
-        after = eval.answer(model, tokenizer, processor, held_out, device, asked, "after GRPO")
-        eval.write_json(os.path.join(settings.out, "eval.json"), after)
-        named = [(title, eval.make_table(results), results) for title, results in (("cold start", before),
-                                                                                   ("GRPO", after))]
-        eval.show_table(*(part[:2] for part in named))
-        for title, _, results in named:
-            eval.show_paths(title, results)
-        eval.show_changes("GRPO against the cold start", before, after)
-        eval.report.write(os.path.join(settings.out, "report.html"), named, held_out, [settings.model, settings.out])
+    results = eval.answer(model, tokenizer, processor, questions, device, asked, title="cold start")
+    eval.write_json(file, results)
+    return results
+
+
+def evaluate_end(settings, model, tokenizer, processor, questions, device, before):
+    """Greedy answers after GRPO, beside those of the cold start: tables, changes, report.html."""
+    asked = eval.Settings(max_new_tokens=settings.max_new_tokens)
+    after = eval.answer(model, tokenizer, processor, questions, device, asked, title="after GRPO")
+    eval.write_json(os.path.join(settings.out, "eval.json"), after)
+    evaluations = []
+    for title, results in (("cold start", before), ("GRPO", after)):
+        evaluations.append((title, eval.make_table(results), results))
+    eval.show_table(*((title, table) for title, table, _ in evaluations))
+    for title, _, results in evaluations:
+        eval.show_paths(title, results)
+    eval.show_changes("GRPO against the cold start", before, after)
+    page = os.path.join(settings.out, "report.html")
+    report.write(page, evaluations, questions, [settings.model, settings.out])
+
+
+def main():
+    settings = parse(Settings, __doc__)
+    device = distributed.setup(settings.seed)
+    check(settings)
+    model, tokenizer, processor = load_start(settings, device)
+    side = image_side(processor)
+    blend = data.Blend(sources_of(settings, side), settings.seed)
+    reward_function = REWARD_FUNCTIONS[settings.detection]
+    questions = held_out(settings.questions, side) if settings.questions else []
+    if questions:
+        before = evaluate_start(settings, model, tokenizer, processor, questions, device)
+    model = train(settings, model, tokenizer, processor, blend, device, reward_function)
+    if questions:
+        evaluate_end(settings, model, tokenizer, processor, questions, device, before)
 
 
 if __name__ == "__main__":
-    run.main(main)
+    run_main(main)

@@ -9,6 +9,7 @@ The formulas are the paper's. What differs from the released reward (test_reward
 3. Wrong ground truth raises ValueError, which names the field; a wrong response never raises, it scores 0.
 4. Time is linear in the response's length: no pattern here can match one text in two ways. Keep that.
 """
+
 import math
 import re
 from numbers import Real
@@ -24,23 +25,42 @@ VISIBLE = re.compile(r"[!-~]|[^\W\u115f\u1160\u3164\uffa0]")
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 NUMBER_LIKE = re.compile(r"[+-]?(?:nan|inf(?:inity)?|[\d_.]+(?:e[+-]?\d+)?)", re.IGNORECASE)
 LETTER = re.compile(r"[A-Z][.)]?|\([A-Z]\)")
-HEDGE = re.compile(r"(?:or|and)\b|(?:[A-Z][.)]|\([A-Z]\))(?:\s|$)")           # "(A) or (B)" names no letter
-MOTIONS = {"move_right": ("x", 1), "move_left": ("x", -1), "move_up": ("y", 1), "move_down": ("y", -1),
-           "move_forward": ("z", 1), "move_backward": ("z", -1), "move_back": ("z", -1), "rotate_right": ("yaw", 1),
-           "rotate_left": ("yaw", -1), "rotate_up": ("pitch", 1), "rotate_down": ("pitch", -1)}
+HEDGE = re.compile(r"(?:or|and)\b|(?:[A-Z][.)]|\([A-Z]\))(?:\s|$)")  # "(A) or (B)" names no letter
+MOTIONS = {
+    "move_right": ("x", 1),
+    "move_left": ("x", -1),
+    "move_up": ("y", 1),
+    "move_down": ("y", -1),
+    "move_forward": ("z", 1),
+    "move_backward": ("z", -1),
+    "move_back": ("z", -1),
+    "rotate_right": ("yaw", 1),
+    "rotate_left": ("yaw", -1),
+    "rotate_up": ("pitch", 1),
+    "rotate_down": ("pitch", -1),
+}
 # Four digits at most: int() raises on more than 4300.
-HEADER = re.compile(r"(?:Find|After aligning to the reference frame (0|[1-9][0-9]{0,3}), find)"
-                    r" (0|[1-9][0-9]{0,3}) relevant objects:")
+HEADER = re.compile(
+    r"(?:Find|After aligning to the reference frame (0|[1-9][0-9]{0,3}), find)"
+    r" (0|[1-9][0-9]{0,3}) relevant objects:"
+)
 # No < inside, so that a match ends before the next box begins.
 BOX = re.compile(r"""<3d_box\s+center\s*=\s*(?:"([^"<>]*)"|'([^'<>]*)')\s*>([^<>]*)</3d_box>""")
 MARK = re.compile(r"\(([a-z]+ (?:bbox|point))\)")
-BINS = ((0.1, 1.0), (0.2, 0.8), (0.3, 0.6), (0.4, 0.4), (0.6, 0.2), (1.0, 0.1))      # closer than (metres) -> reward
+BINS = (
+    (0.1, 1.0),
+    (0.2, 0.8),
+    (0.3, 0.6),
+    (0.4, 0.4),
+    (0.6, 0.2),
+    (1.0, 0.1),
+)  # closer than (metres) -> reward
 
 
 def section(response, name):
     """The text inside <name>..</name>; None unless both tags are there exactly once, in this order."""
     if response.count(f"<{name}>") != 1 or response.count(f"</{name}>") != 1:
-        return None                                # of two answers, no rule could pick one without being gamed
+        return None  # of two answers, no rule could pick one without being gamed
     text, found, _ = response.partition(f"<{name}>")[2].partition(f"</{name}>")
     return text if found else None
 
@@ -53,7 +73,7 @@ def extract_answer(response):
 
 def read_number(text):
     """A finite ASCII decimal, sign and exponent optional -> float; None for anything else ("3 m", "nan", "1e999")."""
-    text = text.strip()                            # 100 characters are enough for a number and too few for an attack
+    text = text.strip()  # 100 characters are enough for a number and too few for an attack
     value = float(text) if len(text) <= 100 and NUMBER.fullmatch(text) else math.inf
     return value if math.isfinite(value) else None
 
@@ -67,9 +87,11 @@ def read_choice(text):
 
 
 def read_motion(text):
-    """"move_right:0.4,rotate_up:5" -> [(axis, signed value), ...]; None for an axis or a value that cannot be read."""
+    """ "move_right:0.4,rotate_up:5" -> [(axis, signed value), ...]; None for an axis or a value that cannot be read."""
     parts = []
-    for part in text.split(",", 10):               # five axes: more is no answer, the rest is one unreadable part
+    for part in text.split(
+        ",", 10
+    ):  # five axes: more is no answer, the rest is one unreadable part
         name, _, number = part.partition(":")
         (axis, sign), value = MOTIONS.get(name.strip(), (None, 1)), read_number(number)
         parts.append((axis, None if value is None else sign * value))
@@ -100,8 +122,11 @@ def parse_boxes(response):
             center = tuple(map(read_number, (match[1] or match[2] or "").split(",", 3)))
             name, _, last = match[3].strip().rpartition("(")
             mark = None if " bbox)" in name or " point)" in name else MARK.fullmatch("(" + last)
-            boxes[i] = (name.strip() if mark else match[3].strip(), mark and mark[1],
-                        center if len(center) == 3 and None not in center else None)
+            boxes[i] = (
+                name.strip() if mark else match[3].strip(),
+                mark and mark[1],
+                center if len(center) == 3 and None not in center else None,
+            )
     return boxes
 
 
@@ -117,25 +142,36 @@ def format_reward(response, path, images=1):
     0.0
     """
     if path not in SECTIONS or images < 1:
-        raise ValueError(f"path: {path!r} must be one of {list(SECTIONS)}, and images: {images!r} at least 1")
+        raise ValueError(
+            f"path: {path!r} must be one of {list(SECTIONS)}, and images: {images!r} at least 1"
+        )
     tags = [tag for name in SECTIONS[path] for tag in (f"<{name}>", f"</{name}>")]
-    parts = SECTION_TAG.split(response, maxsplit=len(tags) + 1)       # outside, <tag>, inside, </tag>, outside, ...
+    parts = SECTION_TAG.split(
+        response, maxsplit=len(tags) + 1
+    )  # outside, <tag>, inside, </tag>, outside, ...
     outside, inside = parts[0::4], parts[2::4]
-    if parts[1::2] != tags or any(text.strip() for text in outside) or not all(map(VISIBLE.search, inside)):
+    if (
+        parts[1::2] != tags
+        or any(text.strip() for text in outside)
+        or not all(map(VISIBLE.search, inside))
+    ):
         return 0.0
     if any("<3d_box" in text or "</3d_box" in text for text in inside[-2:]):
-        return 0.0                                                    # a box outside <detect>
+        return 0.0  # a box outside <detect>
     if path == "lor":
         return 1.0
     header, boxes = parse_header(response, images), parse_boxes(response)
     _, start, listed = inside[0].partition("<3d_box")
-    return float(header is not None and header[0] == len(boxes)
-                 and all(VISIBLE.search(name) and center for name, _, center in boxes)
-                 and not BOX.sub("", start + listed).strip())         # nothing between the boxes
+    return float(
+        header is not None
+        and header[0] == len(boxes)
+        and all(VISIBLE.search(name) and center for name, _, center in boxes)
+        and not BOX.sub("", start + listed).strip()
+    )  # nothing between the boxes
 
 
 def kind_of(answer):
-    """"choice", "number", "motion" or "text": the rule for this ground truth. ValueError if it is wrong itself."""
+    """ "choice", "number", "motion" or "text": the rule for this ground truth. ValueError if it is wrong itself."""
     text = answer.strip() if isinstance(answer, str) else ""
     number, motion = NUMBER_LIKE.fullmatch(text), "move_" in text or "rotate_" in text
     axes, values = zip(*read_motion(text))
@@ -144,8 +180,18 @@ def kind_of(answer):
     if number and read_number(text) is None:
         raise ValueError(f"answer: {answer!r} is not a finite ASCII decimal number")
     if motion and (None in axes + values or len(set(axes)) < len(axes)):
-        raise ValueError(f"answer: {answer!r} is no camera motion 'move_right:0.4,rotate_up:5' with each axis once")
-    return "choice" if LETTER.fullmatch(text) else "number" if number else "motion" if motion else "text"
+        raise ValueError(
+            f"answer: {answer!r} is no camera motion 'move_right:0.4,rotate_up:5' with each axis once"
+        )
+    return (
+        "choice"
+        if LETTER.fullmatch(text)
+        else "number"
+        if number
+        else "motion"
+        if motion
+        else "text"
+    )
 
 
 def plain(text):
@@ -185,7 +231,9 @@ def accuracy_reward(response, answer):
     for axis, value in truth.items():
         values = [v for name, v in said if name == axis]
         score += closeness(values[0], value) if len(values) == 1 else 0.0
-    return score / len(truth.keys() | {axis for axis, _ in said})     # None, the unreadable, is one wrong axis
+    return score / len(
+        truth.keys() | {axis for axis, _ in said}
+    )  # None, the unreadable, is one wrong axis
 
 
 def checked_centers(centers, images):
@@ -195,26 +243,38 @@ def checked_centers(centers, images):
     truth = {tag: given if images > 1 else {0: given} for tag, given in centers.items()}
     for tag, frames in truth.items():
         if not MARK.fullmatch(f"({tag})"):
-            raise ValueError(f"centers[{tag!r}]: the key must be a mark such as 'red bbox' or 'blue point'")
+            raise ValueError(
+                f"centers[{tag!r}]: the key must be a mark such as 'red bbox' or 'blue point'"
+            )
         if not isinstance(frames, dict) or not frames or not set(frames) <= set(range(images)):
-            raise ValueError(f"centers[{tag!r}]: {frames!r} must be {{frame: (x, y, z)}}, frames 0 to {images - 1}")
+            raise ValueError(
+                f"centers[{tag!r}]: {frames!r} must be {{frame: (x, y, z)}}, frames 0 to {images - 1}"
+            )
         for frame, xyz in frames.items():
-            numbers = isinstance(xyz, (list, tuple)) and all(isinstance(v, Real) and math.isfinite(v) for v in xyz)
+            numbers = isinstance(xyz, (list, tuple)) and all(
+                isinstance(v, Real) and math.isfinite(v) for v in xyz
+            )
             if not numbers or len(xyz) != 3:
-                raise ValueError(f"centers[{tag!r}], frame {frame}: {xyz!r} must be three finite numbers (metres)")
+                raise ValueError(
+                    f"centers[{tag!r}], frame {frame}: {xyz!r} must be three finite numbers (metres)"
+                )
     return truth
 
 
 def center_errors(response, centers, images=1, question=""):
     """{tag: metres from the predicted to the true centre, None where there is no prediction}; see detection_reward."""
     truth, frame, said = checked_centers(centers, images), 0, {}
-    if images > 1:                                 # any image may be the reference, unless the question names one
+    if images > 1:  # any image may be the reference, unless the question names one
         frame = (parse_header(response, images) or (None, None))[1]
         frame = None if "first image" in question.lower() and frame != 0 else frame
     for _, tag, xyz in parse_boxes(response):
-        said.setdefault(tag, xyz)                  # the first box speaks for its tag, even if its centre is unreadable
-    return {tag: math.dist(said[tag], frames[frame]) if said.get(tag) and frame in frames else None
-            for tag, frames in truth.items()}
+        said.setdefault(
+            tag, xyz
+        )  # the first box speaks for its tag, even if its centre is unreadable
+    return {
+        tag: math.dist(said[tag], frames[frame]) if said.get(tag) and frame in frames else None
+        for tag, frames in truth.items()
+    }
 
 
 def detection_reward(response, centers, images=1, question=""):
@@ -233,7 +293,11 @@ def detection_reward(response, centers, images=1, question=""):
     0.5
     """
     errors = center_errors(response, centers, images, question)
-    paid = [next((pay for limit, pay in BINS if d < limit), 0.0) for d in errors.values() if d is not None]
+    paid = [
+        next((pay for limit, pay in BINS if d < limit), 0.0)
+        for d in errors.values()
+        if d is not None
+    ]
     return sum(paid) / max(len(errors), len(parse_boxes(response)))
 
 
@@ -253,8 +317,11 @@ def total_reward(response, answer, path, centers=None, images=1, question=""):
     >>> total_reward("<think>Two chairs, one table.</think><answer>3</answer>", "3", "dtr")
     {'total': 0.8, 'accuracy': 1.0, 'format': 0.0, 'detection': None}
     """
-    parts = {"accuracy": accuracy_reward(response, answer), "format": format_reward(response, path, images),
-             "detection": None}
+    parts = {
+        "accuracy": accuracy_reward(response, answer),
+        "format": format_reward(response, path, images),
+        "detection": None,
+    }
     if path == "dtr" and centers:
         parts["detection"] = detection_reward(response, centers, images, question)
     return {"total": weighted(parts), **parts}

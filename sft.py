@@ -1,17 +1,24 @@
-"""Cold start: supervised fine-tuning on the blended mixture (SR-REAL, arXiv 2606.17539, stage 1).
+"""Stage 1, the cold start: supervised fine-tuning on a blend of reasoning traces and grounding.
 
-    python sft.py                                                      # embedded world, one process, CPU or one GPU
-    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data cot.json*2 grounding.json
+    python sft.py                                          # embedded world, one process, CPU or GPU
+    torchrun --nproc_per_node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct --data cot.json*2 more.json
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 sft.py ...
 
-Cross-entropy on the tokens of the target, up to and with the end of turn, as a mean over the target tokens of the
-*global* batch: the denominator is summed over ranks and micro-batches before the first backward.
+It teaches both reasoning paths, LOR (language-only reasoning) and DTR (detect-then-reason: 3D
+coordinates first). The loss is the cross-entropy of the target's tokens, up to and including the end
+of turn, as a mean over the target tokens of the *global* batch: its denominator is summed over ranks
+and micro-batches before the first backward pass.
 
-Differences from the paper: rows are sorted by length into micro-batches, not packed. Without --model there is no
-pretrained VLM to start from, so a small new one first learns perception (short questions, no reasoning). The embedded
-cold start is imperfect in the way that real ones are: few annotated scenes, centres as a depth sensor sees them, small
-objects overlooked.
+Differences from the paper (SR-REAL, arXiv 2606.17539):
+1. Rows are sorted by length into micro-batches; the paper packs them into sequences.
+2. Without --model there is no pretrained VLM to start from, so a small new one first learns
+   perception from short questions without reasoning.
+3. The embedded cold start is imperfect as real ones are: few annotated scenes, centres as a depth
+   sensor sees them, small objects overlooked (world/sources.py).
+
+Dimensions: B rows of a micro-batch, L tokens, V vocabulary.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -20,162 +27,285 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import checkpoint
 import data
-import plan
-import run
-import watch
-from run import setting
+from engine import distributed, plan, watch
+from engine.checkpoint import Keeper, load_model, save_model
+from engine.settings import parse, run_main, setting
+from formats.errors import UserError
+from world.sources import cold_start_blend, perception_stages
+from world.tiny import fill_by_size, image_side, new_model
 
 
 @dataclass
 class Settings:
+    # what is trained, on what
     out: str = setting("out/sft", "folder for the model and metrics.jsonl")
-    model: str = setting("", "stock Qwen3-VL or a folder; empty: a small new model (paper: NVILA-Lite-8B)")
+    model: str = setting(
+        "", "stock Qwen3-VL or a folder; empty: a small new model (paper: NVILA-Lite-8B)"
+    )
     size: str = setting("tiny", "size of a new model: tiny (1.2 M parameters), small, base")
     data: list = setting([], "instance files, FILE or FILE*weight; empty: the embedded world")
     skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
     scenes: str = setting("", "scenes.jsonl: train on traces made from these annotated pictures")
     world_scenes: int = setting(4000, "embedded world: number of scenes")
-    traces: int = setting(1000, "embedded world: scenes with annotated reasoning traces (real ones are scarce too)")
-    blend: str = setting("all", "embedded world: all; cot: only traces; grounding: only the rest; none: no cold start",
-                         ("all", "cot", "grounding", "none"))
+    traces: int = setting(
+        1000, "embedded world: scenes with reasoning traces (real ones are scarce too)"
+    )
+    blend: str = setting(
+        "all",
+        "embedded world: all; cot: only traces; grounding: only the rest; none: no cold start",
+        ("all", "cot", "grounding", "none"),
+    )
     seed: int = setting(0, "seed of weights, data order and sampling")
-    pretrain: int = setting(1050, "steps of perception for a new model, in place of a stock VLM's pretraining")
+    # how long, how fast
+    pretrain: int = setting(
+        1050, "steps of perception for a new model, in place of a stock VLM's pretraining"
+    )
     steps: int = setting(1300, "optimizer steps of the cold start (paper: 2 epochs)")
-    batch: int = setting(0, "rows an optimizer step, all ranks together; 0: by --size, tiny 64 (paper: 512)")
-    micro_tokens: int = setting(2048, "most tokens, with padding, of one forward pass on a rank; bounds memory")
-    lr: float = setting(0.0, "peak learning rate, cosine to 0; 0: by --size, tiny 2e-3; 5e-6 above 0.3 B parameters, "
-                             "the paper's")
+    batch: int = setting(
+        0, "rows per optimizer step, all ranks together; 0: by --size, tiny 64 (paper: 512)"
+    )
+    micro_tokens: int = setting(
+        2048, "most tokens, with padding, of one forward pass on a rank; bounds memory"
+    )
+    lr: float = setting(
+        0.0,
+        "peak learning rate, cosine to 0; 0: by --size, tiny 2e-3; above 0.3 B parameters the paper's 5e-6",
+    )
     warmup: float = setting(0.03, "share of the steps (paper: 0.03)")
     weight_decay: float = setting(0.0, "of AdamW (paper: 0)")
     beta2: float = setting(0.98, "of AdamW; short runs forget gradients sooner (paper: 0.999)")
     clip: float = setting(1.0, "largest gradient norm (paper: 1.0)")
-    checkpointing: bool = setting(False, "recompute activations in the backward pass (paper: on); a third slower")
-    attention: str = setting("auto", "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed")
-    workers: int = setting(0, "loader processes a rank")
-    save_every: int = setting(100, "steps between checkpoints, and one at the end; 0: only when stopped by a signal")
+    # the machine
+    checkpointing: bool = setting(
+        False, "recompute activations in the backward pass (paper: on); a third slower"
+    )
+    attention: str = setting(
+        "auto",
+        "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed",
+        ("auto", "sdpa", "flash"),
+    )
+    workers: int = setting(0, "loader processes per rank")
+    # keeping and telling
+    save_every: int = setting(
+        100, "steps between checkpoints, and one at the end; 0: only when stopped by a signal"
+    )
     keep: int = setting(2, "checkpoints to keep, the newest ones")
-    resume: bool = setting(False, "go on from the newest whole checkpoint in --out; from the start if there is none")
+    resume: bool = setting(
+        False, "go on from the newest whole checkpoint in --out; from the start if there is none"
+    )
     tensorboard: bool = setting(False, "also write the metrics for TensorBoard")
     wandb: bool = setting(False, "also send the metrics to wandb")
 
 
-class Encoded(torch.utils.data.Dataset):
-    """Positions of a blend -> encoded samples."""
-
-    def __init__(self, blend, tokenizer, processor):
-        self.blend, self.tokenizer, self.processor = blend, tokenizer, processor
-
-    def __getitem__(self, position):
-        row = self.blend[position]
-        return {"id": row.get("id", row["source"]), **data.encode(row, self.tokenizer, self.processor, train=True)}
-
-
-def micro_batches(samples, max_tokens):
-    """Samples sorted by length, cut where rows x longest row would exceed max_tokens (a longer row goes alone)."""
-    parts, samples = [[]], sorted(samples, key=lambda s: len(s["prompt"]) + len(s["target"]))
-    for sample in samples:
-        if parts[-1] and (len(parts[-1]) + 1) * (len(sample["prompt"]) + len(sample["target"])) > max_tokens:
-            parts.append([])
-        parts[-1].append(sample)
-    return parts
+# ----------------------------------------------------------------------------------------------
+# the loss
 
 
 def target_loss(model, batch):
-    """Summed cross-entropy of the target tokens (a scalar); logits are made at those positions only."""
-    batch = dict(batch)
-    is_target = batch.pop("loss_mask")[:, 1:].bool()                                         # (B, L - 1)
-    keep = F.pad(is_target, (0, 1))                         # the token before predicts it
-    logits = model(**batch, logits_to_keep=keep).logits                                      # (targets, V)
-    return F.cross_entropy(logits.float(), batch["input_ids"][:, 1:][is_target], reduction="sum")
+    """Summed cross-entropy of the target tokens of a batch (data.collate): a scalar.
+
+    Logits are made only where they are needed, at the positions before the target tokens.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "loss_mask"}
+    is_target = batch["loss_mask"][:, 1:].bool()  # (B, L - 1), 1 = token of the target
+    predicts_target = F.pad(is_target, (0, 1))  # (B, L), 1 = the next token is a target
+    logits = model(**inputs, logits_to_keep=predicts_target).logits  # (targets, V)
+    targets = batch["input_ids"][:, 1:][is_target]  # (targets,)
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def micro_batches(samples, max_tokens):
+    """Samples sorted by length, cut where rows x longest row would exceed max_tokens.
+
+    A row that is longer than that goes alone.
+    """
+    batches = [[]]
+    for sample in sorted(samples, key=sample_length):
+        rows = len(batches[-1]) + 1
+        if batches[-1] and rows * sample_length(sample) > max_tokens:
+            batches.append([])
+        batches[-1].append(sample)
+    return batches
+
+
+def sample_length(sample):
+    return len(sample["prompt"]) + len(sample["target"])
 
 
 def learning_rate(settings, step, steps):
+    """Linear warm-up, then one cosine to 0."""
     warm = max(1, settings.warmup * steps)
     return settings.lr * min(1, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def fit(settings, model, tokenizer, processor, sources, steps, device, keeper, title):
-    """Train a sharded model on a blend of sources for some steps; one cosine of the learning rate."""
-    blend, local = data.Blend(sources, settings.seed), settings.batch // run.world()
-    run.say(f"{title}: {steps} steps of {settings.batch} rows ({local} a rank) from {len(blend):,} rows: " +
-            ", ".join(f"{name} {count:,}" for (name, _, _), count in zip(sources, blend.counts)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, settings.beta2),
-                                  weight_decay=settings.weight_decay, fused=True)
-    first, position = keeper.begin(title, steps, optimizer)                                  # 0, 0 unless resumed
-    starts = range(position + run.rank() * local, position + (steps - first) * settings.batch, settings.batch)
-    mine = [start + i for start in starts for i in range(local)]
-    loader = DataLoader(Encoded(blend, tokenizer, processor), batch_size=local, sampler=mine, collate_fn=list,
-                        num_workers=settings.workers)
-    bar = tqdm(loader, desc=title, initial=first, total=steps, disable=run.rank() > 0, mininterval=2)
-    model.train()
-    for step, samples in enumerate(bar, first):
-        watch.lap("update")
-        parts = micro_batches(samples, settings.micro_tokens)
-        batches = [data.to(data.collate(part, tokenizer), device) for part in parts]
-        tokens = run.total(sum(batch["loss_mask"].sum().item() for batch in batches))        # of the global batch
-        rounds = run.most(len(batches))                     # every rank runs as many passes: collectives stay in step
-        loss_sum, rows = 0.0, []
-        for i in range(rounds):
-            run.sync_gradients(model, i == rounds - 1)
-            loss = target_loss(model, batches[min(i, len(batches) - 1)]) * (i < len(batches))
-            (loss * run.world() / tokens).backward()        # FSDP averages over the ranks, hence their number
-            loss_sum += loss.item()
-            rows += [(sample["id"], loss.item()) for sample in (parts[i] if i < len(parts) else [])]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip).full_tensor().item()
-        loss = run.total(loss_sum) / tokens
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, steps)
-        if keeper.finite(loss, norm, rows):
-            optimizer.step()
-        optimizer.zero_grad()
-        keeper.log.write(step, tokens, phase=title, loss=loss, grad_norm=norm, lr=group["lr"], tokens=int(tokens))
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        keeper.after(step + 1, position + (step + 1 - first) * settings.batch)
-        watch.lap("data")
+# ----------------------------------------------------------------------------------------------
+# data
 
 
-def train(settings, model, tokenizer, processor, sources, device):
-    """The whole stage: for a new model some perception first, then the cold start. -> the trained (sharded) model"""
-    settings.lr = settings.lr or (5e-6 if run.is_large(model) else 0.0)
-    run.by_size(settings, batch="batch", lr="sft_lr")
-    if settings.steps < 1:
-        raise run.UserError("--steps: needs at least 1")
-    if settings.batch % run.world():
-        raise run.UserError(f"--batch {settings.batch}: not divisible by {run.world()} processes; use a multiple")
-    plan.check(model, settings, device)
-    model = run.shard(model, device, settings.checkpointing)
-    keeper = checkpoint.Keeper(settings, model, tokenizer, processor)
-    if not settings.model and settings.pretrain:
-        stages = data.perception_stages(settings.world_scenes, settings.seed * 10**6, run.image_side(processor))
-        for i, (end, perception) in enumerate(stages):
-            steps = round(end * settings.pretrain) - round((stages[i - 1][0] if i else 0) * settings.pretrain)
-            fit(settings, model, tokenizer, processor, perception, steps, device, keeper, f"pretraining {i + 1}")
-    if sources:
-        fit(settings, model, tokenizer, processor, sources, settings.steps, device, keeper, "cold start")
-    keeper.close()
-    run.save_model(model, tokenizer, processor, settings.out)
-    return model
+class EncodedRows(torch.utils.data.Dataset):
+    """Positions of a blend -> encoded samples."""
+
+    def __init__(self, blend, tokenizer, processor):
+        self.blend = blend
+        self.tokenizer = tokenizer
+        self.processor = processor
+
+    def __getitem__(self, position):
+        row = self.blend[position]
+        sample = data.encode(row, self.tokenizer, self.processor, train=True)
+        return {"id": row.get("id", row["source"]), **sample}
+
+
+def make_loader(settings, blend, tokenizer, processor, position, steps):
+    """This rank's samples of the next steps, a list per step; position: where the blend goes on."""
+    local = settings.batch // distributed.world_size()
+    first = position + distributed.rank() * local
+    starts = range(first, position + steps * settings.batch, settings.batch)
+    positions = [start + i for start in starts for i in range(local)]
+    return DataLoader(
+        EncodedRows(blend, tokenizer, processor),
+        batch_size=local,
+        sampler=positions,
+        collate_fn=list,
+        num_workers=settings.workers,
+    )
 
 
 def sources_of(settings, size):
-    """The blend of --data and --scenes, or the embedded world's, or what --blend takes of that."""
-    world = data.cold_start_blend(settings.traces, settings.world_scenes, settings.seed * 10**6, size)
-    is_trace = lambda name: name.startswith(("lor_", "dtr_"))
-    wanted = {"all": world, "cot": [source for source in world if is_trace(source[0])], "none": [],
-              "grounding": [source for source in world if not is_trace(source[0])]}
+    """The sources of --data and --scenes, or the embedded world's, or what --blend takes of them."""
+    first_scene = settings.seed * 10**6
+    world = cold_start_blend(settings.traces, settings.world_scenes, first_scene, size)
+    traces = [source for source in world if source[0].startswith(("lor_", "dtr_"))]
+    others = [source for source in world if source not in traces]
+    wanted = {"all": world, "cot": traces, "grounding": others, "none": []}
     return data.user_sources(settings) or wanted[settings.blend]
 
 
+# ----------------------------------------------------------------------------------------------
+# the loop
+
+
+def fit(settings, model, tokenizer, processor, sources, steps, device, keeper, title):
+    """Train a sharded model on a blend of sources for some steps; one cosine of the learning rate."""
+    blend = data.Blend(sources, settings.seed)
+    counts = [f"{name} {count:,}" for (name, _, _), count in zip(sources, blend.counts)]
+    distributed.say(
+        f"{title}: {steps} steps of {settings.batch} rows "
+        f"({settings.batch // distributed.world_size()} per rank) "
+        f"from {len(blend):,} rows: {', '.join(counts)}"
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.lr,
+        betas=(0.9, settings.beta2),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    first_step, position = keeper.begin(title, steps, optimizer)  # 0, 0 unless resumed
+    loader = make_loader(settings, blend, tokenizer, processor, position, steps - first_step)
+    bar = tqdm(
+        loader,
+        desc=title,
+        initial=first_step,
+        total=steps,
+        disable=distributed.rank() > 0,
+        mininterval=2,
+    )
+    model.train()
+    for step, samples in enumerate(bar, first_step):
+        watch.lap("update")
+        lr = learning_rate(settings, step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss, norm, tokens, losses = gradients(model, samples, tokenizer, settings, device)
+        if keeper.finite(loss, norm, losses):  # else this step is left out
+            optimizer.step()
+        optimizer.zero_grad()
+        position += settings.batch
+        keeper.log.write(
+            step, tokens, phase=title, loss=loss, grad_norm=norm, lr=lr, tokens=int(tokens)
+        )
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        keeper.after(step + 1, position)
+        watch.lap("data")
+
+
+def gradients(model, samples, tokenizer, settings, device):
+    """The gradients of the mean loss over the target tokens of all ranks, in micro-batches.
+
+    -> loss, norm of the gradient, target tokens, all of all ranks; [(id, loss of the pass that held
+    it)] of this rank's rows.
+    """
+    micro = micro_batches(samples, settings.micro_tokens)
+    batches = [data.to(data.collate(part, tokenizer), device) for part in micro]
+    # The denominator first, over the whole global batch.
+    tokens = distributed.total(sum(batch["loss_mask"].sum().item() for batch in batches))
+    # Every rank runs as many passes as the others, or the collectives would hang.
+    passes = distributed.most(len(batches))
+    loss_sum = 0.0
+    losses = []
+    for i in range(passes):
+        distributed.sync_gradients(model, last=i == passes - 1)
+        counts = i < len(batches)  # else: the last batch once more, with weight 0
+        loss = target_loss(model, batches[min(i, len(batches) - 1)]) * counts
+        # FSDP averages the gradients over the ranks, hence their number.
+        (loss * distributed.world_size() / tokens).backward()
+        loss_sum += loss.item()
+        if counts:
+            losses += [(sample["id"], loss.item()) for sample in micro[i]]
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip).full_tensor().item()
+    return distributed.total(loss_sum) / tokens, norm, tokens, losses
+
+
+def train(settings, model, tokenizer, processor, sources, device):
+    """The whole stage -> the trained, sharded model. A new model learns some perception first."""
+    if not settings.lr and distributed.is_large(model):
+        settings.lr = 5e-6  # the paper's
+    fill_by_size(settings, batch="batch", lr="sft_lr")
+    check(settings)
+    plan.check(model, settings, device)
+    model = distributed.shard(model, device, settings.checkpointing)
+    keeper = Keeper(settings, model, tokenizer, processor)
+    if not settings.model and settings.pretrain:
+        first_scene = settings.seed * 10**6
+        stages = perception_stages(settings.world_scenes, first_scene, image_side(processor))
+        done = 0
+        for i, (share_done, perception) in enumerate(stages, 1):
+            steps = round(share_done * settings.pretrain) - done
+            done += steps
+            title = f"pretraining {i}"
+            fit(settings, model, tokenizer, processor, perception, steps, device, keeper, title)
+    if sources:
+        title = "cold start"
+        fit(settings, model, tokenizer, processor, sources, settings.steps, device, keeper, title)
+    keeper.close()
+    save_model(model, tokenizer, processor, settings.out)
+    return model
+
+
+def check(settings):
+    """UserError for settings that do not go together."""
+    if settings.steps < 1:
+        raise UserError("--steps: needs at least 1")
+    ranks = distributed.world_size()
+    if settings.batch % ranks:
+        raise UserError(
+            f"--batch {settings.batch}: not divisible by {ranks} processes; use a multiple"
+        )
+
+
 def main():
-    settings = run.parse(Settings, __doc__)
-    device = run.setup(settings.seed)
-    made = run.load_model(settings.model, settings.attention) if settings.model else \
-        run.new_model(settings.size, settings.seed, settings.attention)
-    model, tokenizer, processor = made
-    train(settings, model, tokenizer, processor, sources_of(settings, run.image_side(processor)), device)
+    settings = parse(Settings, __doc__)
+    device = distributed.setup(settings.seed)
+    if settings.model:
+        model, tokenizer, processor = load_model(settings.model)
+    else:
+        model, tokenizer, processor = new_model(settings.size, settings.seed, data.PROMPTS.values())
+    distributed.use_attention(model, settings.attention)
+    sources = sources_of(settings, image_side(processor))
+    train(settings, model, tokenizer, processor, sources, device)
 
 
 if __name__ == "__main__":
-    run.main(main)
+    run_main(main)

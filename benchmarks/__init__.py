@@ -1,0 +1,1 @@
+"""Nine published benchmarks: python -m benchmarks --help."""

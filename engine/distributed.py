@@ -1,0 +1,186 @@
+"""Processes, devices and sharding: what a stage needs to run on one CPU core or on eight GPUs.
+
+One code path for `python sft.py`, `torchrun --nproc_per_node 8 sft.py` and several nodes: FSDP2 on a
+mesh of all ranks, also of one; gloo on CPU, NCCL on CUDA; float32 weights, bf16 compute on CUDA,
+float32 reduction of gradients.
+"""
+
+import contextlib
+import datetime
+import os
+import random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from transformers import logging as hf_logging
+
+import model as model_file
+from formats.errors import UserError
+
+TIMEOUT = 1800  # seconds that a rank waits for the others in a collective
+MOST_SEEDS = 900  # a larger seed would reach into the held-out scenes (world/sources.py)
+LARGE_LAYER = 1e6  # parameters from which a layer is gathered by itself: smaller buffers
+LARGE_MODEL = 3e8  # trained parameters from which a rank can't afford whole gradients
+
+# ----------------------------------------------------------------------------------------------
+# processes
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def setup(seed):
+    """Join the processes (one without torchrun), seed every generator -> this rank's device."""
+    if not 0 <= seed < MOST_SEEDS:
+        raise UserError(f"--seed {seed}: needs 0 to {MOST_SEEDS - 1}")
+    cuda = torch.cuda.is_available()
+    if not dist.is_initialized():
+        alone = {}
+        if "RANK" not in os.environ:  # torchrun sets it
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        timeout = datetime.timedelta(seconds=TIMEOUT)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **alone)
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def say(*words):
+    """Print on rank 0."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def total(value):
+    """Sum of a number over the ranks."""
+    tensor = torch.tensor(float(value), dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        tensor = tensor.cuda()
+    dist.all_reduce(tensor)
+    return tensor.item()
+
+
+def most(value):
+    """Largest value over the ranks."""
+    return max(gather([value]))
+
+
+def gather(rows):
+    """Concatenate each rank's list, in rank order, on every rank."""
+    of_ranks = [None] * world_size()
+    dist.all_gather_object(of_ranks, rows)
+    return [row for rows in of_ranks for row in rows]
+
+
+@contextlib.contextmanager
+def together(what):
+    """Around work with files or packages that every rank does for itself.
+
+    What fails on one rank ends the run on all, with `what` and the reason in one line.
+    """
+    problem = ""
+    try:
+        yield
+    except (OSError, SafetensorError, ImportError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        problem = f"{what} ({reason})"
+    problems = [problem for problem in gather([problem]) if problem]
+    if problems:
+        raise UserError(problems[0] if rank() == 0 else "")  # one rank tells it
+
+
+# ----------------------------------------------------------------------------------------------
+# models over the ranks
+
+
+def use_attention(model, name):
+    """--attention: choose the kernels (model.use_attention), and say which."""
+    try:
+        chosen = model_file.use_attention(model, name)
+    except ValueError as error:
+        raise UserError(f"--attention {name}: {error}") from None
+    say(f"attention: {'SDPA' if chosen == 'sdpa' else 'flash-attn'}")
+
+
+def shard(model, device, checkpointing=False):
+    """FSDP2 over all ranks: each large layer is gathered by itself, all the rest at once."""
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    mesh = init_device_mesh(device.type, (world_size(),))
+    policy = MixedPrecisionPolicy()
+    if device.type == "cuda":
+        # Inputs are not cast: the rotary angles stay float32.
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for layer in [*model.model.visual.blocks, *model.model.language_model.layers]:
+        if sum(p.numel() for p in layer.parameters()) > LARGE_LAYER:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+    model = fully_shard(model.to(device), mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(model, "encode_images")  # rollout calls it by itself
+    return model
+
+
+def freeze(model, device):
+    """Train nothing of the model. On CUDA its weights become bf16, which computes with bf16 anyway."""
+    for parameter in model.requires_grad_(False).parameters():  # not the buffers
+        if device.type == "cuda":
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+def is_large(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad) > LARGE_MODEL
+
+
+def sync_gradients(model, last):
+    """Before a micro-batch: will its backward pass sum the gradients over the ranks?
+
+    Small models do so once, in the last micro-batch. Until then a rank holds the gradient of every
+    parameter, 4 bytes each; large models can't afford that and do it each time.
+    """
+    model.set_requires_gradient_sync(last or is_large(model))
+
+
+@contextlib.contextmanager
+def gathered(model):
+    """Inside, every rank holds whole weights, so that ranks may run different numbers of forwards.
+
+    That is so in rollouts and evaluations. FSDP's hooks on forward have nothing to do there and cost
+    0.1 to 0.2 ms per unit and token: they are taken off. (`encode_images` keeps its own.)
+    Inside, make no state dict and no second `gathered`.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    hooks = [h for unit in units for h in (unit._forward_pre_hooks, unit._forward_hooks)]
+    saved = [dict(one) for one in hooks]
+    for unit in units:
+        unit.unshard()
+    for one in hooks:
+        one.clear()
+    try:
+        yield
+    finally:
+        for one, before in zip(hooks, saved):
+            one.update(before)
+        for unit in units:
+            unit.reshard()

@@ -1,0 +1,1 @@
+"""Commands of their own: python -m tools.check, build, convert, depth, bench, findings."""

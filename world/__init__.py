@@ -1,0 +1,1 @@
+"""The embedded RGB-D world: scenes, questions about them, and the tiny model that learns there."""
