@@ -30,6 +30,7 @@ Dimensions: B prompts, G responses per prompt, N = B G, T response tokens.
 """
 
 import copy
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -495,7 +496,7 @@ def mini_batches(groups, count):
     The blend interleaves its sources evenly: each run holds all of them; every count-th group may not.
     """
     ends = [len(groups) * k // count for k in range(count + 1)]
-    return [groups[start:end] for start, end in zip(ends, ends[1:])]
+    return [groups[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def micro_batches(groups, max_tokens):

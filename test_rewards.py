@@ -907,9 +907,14 @@ def right_response(rng):
     response = (
         lor(said, think) if path == "lor" else dtr(*lines, text=said, think=think, frame=frame)
     )
-    return response, dict(
-        truth=truth, kind=kind, path=path, centers=centers, images=images, question=question
-    )
+    return response, {
+        "truth": truth,
+        "kind": kind,
+        "path": path,
+        "centers": centers,
+        "images": images,
+        "question": question,
+    }
 
 
 def mutate(rng, text):

@@ -1,18 +1,25 @@
-"""Published benchmarks: their files -> instances of both paths -> responses -> a table per type, level, and overall.
+"""Nine published benchmarks: their files -> questions on both paths -> responses -> a table.
 
-    python -m benchmarks blink --model out/grpo --data BLINK                  # a folder, or the files themselves
+The paths are LOR (language-only reasoning) and DTR (detect-then-reason: 3D coordinates first).
+
+    python -m benchmarks blink --model out/grpo --data BLINK     # a folder, or the files themselves
     torchrun --nproc_per_node 8 -m benchmarks spar --model out/grpo --data SPAR-Bench --path lor
-    python -m benchmarks spar --data SPAR-Bench --score responses.jsonl     # only score {"id": .., "response": ..}
+    python -m benchmarks spar --data SPAR-Bench --score responses.jsonl     # nothing is run
 
-Greedy decoding. Questions with boxes are asked on the DTR path too, with a region token for each box. Responses are
-appended to out/bench_NAME.jsonl (with --json FILE.json to FILE.jsonl) batch by batch, a later run asks only what is
-missing there. SAT's choices are shuffled by row number: nothing depends on the number of processes or the batch size.
+Decoding is greedy. Questions with boxes are asked on the DTR path too, with a region token per box.
+The table has the mean score per path and type, per level, and overall (benchmarks/scoring.py).
+
+Responses are appended to out/bench_NAME.jsonl (with --json FILE.json: to FILE.jsonl) batch by
+batch, and a later run asks only what is missing there. A file for --score has on each line
+{"id": .., "response": ..}. SAT's choices are shuffled by row number: nothing depends on the number
+of processes or on the batch size.
 """
 
 import base64
 import binascii
 import glob
 import json
+import math
 import os
 import random
 import re
@@ -24,82 +31,73 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-import eval
-from benchmarks.scoring import ASK, OVERALL, level_of, make_table, rule_of, score
+from benchmarks.scoring import (
+    HOW_TO_ANSWER,
+    index_of,
+    letter_of,
+    level_of,
+    make_table,
+    overall_rule,
+    rule_of,
+    score,
+)
 from benchmarks.tables import parquet_rows, tfrecord_rows
 from engine import distributed
 from engine.checkpoint import load_model
 from engine.settings import parse, run_main, setting
 from engine.shared_prefix import rollout
-from formats import instances
+from eval import mean_interval
 from formats.errors import BadRow, UserError
 from formats.files import Rows
-from formats.instances import boxes_of, mark_fields
+from formats.instances import (
+    MARK_COLORS,
+    best_path,
+    boxes_of,
+    mark_fields,
+    open_image,
+    path_of,
+    question_of,
+    turns,
+)
 from model import decode, token_rules
 from rewards import read_choice
 
-NAMES = (
-    "spar",
-    "embspatial",
-    "sat",
-    "blink",
-    "cvbench",
-    "vsi",
-    "realworldqa",
-    "erqa",
-    "spatialrgpt",
-)
+# ----------------------------------------------------------------------------------------------
+# a published row of each benchmark -> what its instance is made of:
+#
+# type, answer, image; question, or prompt, which lists the choices itself; where there are any: id,
+# choices, group (of the overall score), marks, depth, intrinsics; draw: boxes in pixels by the
+# colour of their mark; dtr: what differs on the DTR path, None for a row without regions.
 
-
-@dataclass
-class Settings:
-    name: str = setting("", f"benchmark: {', '.join(NAMES)}", NAMES, positional=True)
-    model: str = setting("out/grpo", "folder of this project or a stock Qwen3-VL")
-    data: list = setting([], "files of the benchmark, or the folder that holds them")
-    score: str = setting("", "only score this JSON-lines file of {id, response}; nothing is run")
-    json: str = setting(
-        "", "file for the table and every response; empty: out/bench_NAME.json, none with --score"
-    )
-    skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
-    path: str = setting(
-        "both",
-        "lor, dtr, both, or auto: dtr for regions and geometry, lor otherwise",
-        ("lor", "dtr", "both", "auto"),
-    )
-    max_new_tokens: int = setting(160, "longest response (paper: 2048)")
-    batch: int = setting(240, "prompts at once on a rank")
-    seed: int = setting(0, "seed of the processes; decoding is greedy")
-    attention: str = setting(
-        "auto",
-        "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed",
-        ("auto", "sdpa", "flash"),
-    )
-
-
-SEED = 0  # of SAT's shuffled choices
+SHUFFLE_SEED = 0  # of the order of SAT's choices
+KINDS = {str: "text", list: "a list", dict: "an object", int: "a whole number"}
 
 
 def get(row, field, kind=str):
-    """A field that must be there; numbers count as text."""
+    """A field that must be there and be of this kind, not empty; numbers count as text."""
     value = row.get(field)
-    value = str(value) if kind is str and isinstance(value, (int, float)) else value
-    if not isinstance(value, kind) or kind in (str, list) and not value:
-        name = {str: "text", list: "a list", dict: "an object", int: "a whole number"}[kind]
-        raise BadRow(f"{row['source']}: field '{field}': needs {name}, not {str(value)[:60]!r}")
+    if kind is str and isinstance(value, (int, float)):
+        value = str(value)
+    if not isinstance(value, kind) or (kind in (str, list) and not value):
+        raise BadRow(
+            f"{row['source']}: field '{field}': needs {KINDS[kind]}, not {str(value)[:60]!r}"
+        )
     return value
 
 
-def spar(row):
-    """-RGBD has depth (metres) and intrinsics. Marks ("red_bbox", see instances.py) are regions where there are any."""
+def from_spar(row):
+    """SPAR-Bench, also -RGBD, which has depth (metres) and intrinsics.
+
+    Marks ("red_bbox", see formats/instances.py) are regions where the question names any of them.
+    """
     question = get(row, "question")
-    kept = {
-        field: row[field]
-        for field in [*mark_fields(row), "bbox_img_idx", "point_img_idx"]
-        if row.get(field)
-    }
-    named = any(field.replace("_", " ") in question for field in kept)
+    marks = {}
+    for field in [*mark_fields(row), "bbox_img_idx", "point_img_idx"]:
+        if row.get(field):
+            marks[field] = row[field]
+    named = any(field.replace("_", " ") in question for field in marks)
     return {
-        **kept,
+        **marks,
         "id": row.get("id"),
         "type": get(row, "task"),
         "question": question,
@@ -111,57 +109,66 @@ def spar(row):
     }
 
 
-def embspatial(row):
-    objects, question, encoded = row.get("objects") or [], get(row, "question"), get(row, "image")
+def from_embspatial(row):
+    """EmbSpatial-Bench: the DTR path names its objects, each by the mark around its box."""
+    objects = row.get("objects") or []
+    question = get(row, "question")
+    encoded = get(row, "image")
     try:
         image = base64.b64decode(encoded, validate=True)
     except binascii.Error:
         raise BadRow(f"{row['source']}: field 'image': needs a base64 picture") from None
+    boxes = {}
+    names = []
     try:
-        marks = {
-            color: [x, y, x + w, y + h]
-            for color, (x, y, w, h) in zip(instances.MARK_COLORS, (one["bbox"] for one in objects))
-        }
-        names = ", ".join(
-            f"{one['name']} ({color} bbox <mask>)" for color, one in zip(marks, objects)
-        )
+        for color, thing in zip(MARK_COLORS, objects):
+            x, y, width, height = thing["bbox"]
+            boxes[color] = [x, y, x + width, y + height]
+            names.append(f"{thing['name']} ({color} bbox <mask>)")
     except (TypeError, KeyError, ValueError):
         raise BadRow(
             f"{row['source']}: field 'objects': needs a list of {{'name', 'bbox': [x, y, w, h]}}"
         ) from None
-    choices, index = get(row, "answer_options", list), get(row, "answer", int)
+    choices = get(row, "answer_options", list)
+    index = get(row, "answer", int)
     if not 0 <= index < len(choices):
         raise BadRow(f"{row['source']}: field 'answer': {index} must be 0 to {len(choices) - 1}")
+    dtr = None
+    if boxes:
+        with_objects = f"{question}\nObjects: {', '.join(names)}."
+        dtr = {"question": with_objects, "draw": boxes, "3d_pos": {}}
     return {
         "id": row.get("question_id"),
         "type": get(row, "relation"),
         "question": question,
         "image": image,
-        "answer": chr(65 + index),
+        "answer": letter_of(index),
         "choices": choices,
-        "dtr": {"question": f"{question}\nObjects: {names}.", "draw": marks, "3d_pos": {}}
-        if marks
-        else None,
+        "dtr": dtr,
     }
 
 
-def sat(row):
-    choices, answer = get(row, "answers", list), get(row, "correct_answer")
-    shuffled = random.Random(f"{SEED} {row['index']}").sample(choices, len(choices))
+def from_sat(row):
+    """SAT; its choices are shuffled, in the same way in every run."""
+    choices = get(row, "answers", list)
+    answer = get(row, "correct_answer")
+    generator = random.Random(f"{SHUFFLE_SEED} {row['index']}")
+    shuffled = generator.sample(choices, len(choices))
     if shuffled.count(answer) != 1:
         raise BadRow(
-            f"{row['source']}: field 'correct_answer': {answer!r} must be one of the answers {choices}"
+            f"{row['source']}: field 'correct_answer': {answer!r} must be one of the answers "
+            f"{choices}"
         )
     return {
         "type": get(row, "question_type"),
         "question": get(row, "question"),
         "choices": shuffled,
-        "answer": chr(65 + shuffled.index(answer)),
+        "answer": letter_of(shuffled.index(answer)),
         "image": row.get("image_bytes"),
     }
 
 
-def blink(row):
+def from_blink(row):
     return {
         "id": row.get("idx"),
         "type": get(row, "sub_task"),
@@ -172,12 +179,9 @@ def blink(row):
     }
 
 
-def cvbench(row):
-    if row["group"] not in (
-        "ADE20K",
-        "COCO",
-        "Omni3D",
-    ):  # its column "source", which the overall score goes by
+def from_cvbench(row):
+    """CV-Bench; "group" is its column "source", which the overall score goes by."""
+    if row["group"] not in ("ADE20K", "COCO", "Omni3D"):
         raise BadRow(
             f"{row['source']}: field 'source': needs ADE20K, COCO or Omni3D, not {row['group']!r}"
         )
@@ -192,7 +196,7 @@ def cvbench(row):
     }
 
 
-def realworldqa(row):
+def from_realworldqa(row):
     return {
         "type": "question",
         "prompt": get(row, "question"),
@@ -201,71 +205,72 @@ def realworldqa(row):
     }
 
 
-def erqa(row):
-    """visual_indices: before which character of the question each picture belongs."""
-    row = {
-        **row,
-        **{
-            field: b"".join(row.get(field) or []).decode(errors="replace")
-            for field in ("question", "answer", "question_type")
-        },
-    }
-    question, pictures, places = (
-        get(row, "question"),
-        row.get("image/encoded") or [],
-        row.get("visual_indices") or [],
-    )
-    if len(places) == len(pictures):
-        pictures = [pictures[i] for i in np.argsort(places, kind="stable")]
-        for place in sorted(places, reverse=True):
-            question = f"{question[:place]}<image>{question[place:]}"
+def from_erqa(row):
+    """ERQA; visual_indices: before which character of the question each picture belongs."""
+    texts = {}
+    for field in ("question", "answer", "question_type"):
+        texts[field] = b"".join(row.get(field) or []).decode(errors="replace")
+    row = {**row, **texts}
+    question = get(row, "question")
+    images = row.get("image/encoded") or []
+    positions = row.get("visual_indices") or []
+    if len(positions) == len(images):
+        images = [images[i] for i in np.argsort(positions, kind="stable")]
+        for position in sorted(positions, reverse=True):  # from the end: the others stay in place
+            question = f"{question[:position]}<image>{question[position:]}"
     return {
         "type": get(row, "question_type"),
         "prompt": question,
         "answer": get(row, "answer"),
-        "image": pictures,
+        "image": images,
     }
 
 
-def spatialrgpt(row):
-    """Region [i] is the i-th box (of "rle" where "bbox" is missing). The first four are drawn, for both paths."""
-    boxes = row.get("bbox") or [rle_box(row, rle) for rle in row.get("rle") or []]
-    draw = dict(zip(instances.MARK_COLORS, boxes_of(row, "bbox", boxes)))
-    lor = dtr = get(row, "text_q")
-    named = {int(i) for i in re.findall(r"Region \[(\d)\]", lor)}
+def from_spatialrgpt(row):
+    """SpatialRGPT-Bench: Region [i] is box i, of "rle" where "bbox" is missing.
+
+    The first four are drawn, for both paths.
+    """
+    boxes = row.get("bbox")
+    if not boxes:
+        boxes = [rle_box(row, rle) for rle in row.get("rle") or []]
+    draw = dict(zip(MARK_COLORS, boxes_of(row, "bbox", boxes)))
+    question = get(row, "text_q")
+    named = {int(digit) for digit in re.findall(r"Region \[(\d)\]", question)}
     if boxes and named and len(boxes) <= max(named):
         raise BadRow(
-            f"{row['source']}: field 'bbox': {len(boxes)} boxes, and a question about Region [{max(named)}]"
+            f"{row['source']}: field 'bbox': {len(boxes)} boxes, "
+            f"and a question about Region [{max(named)}]"
         )
+    dtr_question = question
     for i, color in enumerate(draw):
-        lor = lor.replace(f"Region [{i}]", f"Region [{i}] ({color} bbox)", 1)
-        dtr = dtr.replace(f"Region [{i}]", f"Region [{i}] ({color} bbox <mask>)", 1)
+        region = f"Region [{i}]"
+        question = question.replace(region, f"{region} ({color} bbox)", 1)
+        dtr_question = dtr_question.replace(region, f"{region} ({color} bbox <mask>)", 1)
     return {
         "id": row.get("id"),
         "type": get({**row, **get(row, "qa_info", dict)}, "category"),
-        "question": lor,
-        "answer": instances.turns(row)[1].strip(),
+        "question": question,
+        "answer": turns(row)[1].strip(),
         "draw": draw,
         "image": row.get("image") or (row.get("image_info") or {}).get("file_path"),
-        "dtr": {"question": dtr, "3d_pos": {}} if boxes and named else None,
+        "dtr": {"question": dtr_question, "3d_pos": {}} if boxes and named else None,
     }
 
 
 def rle_box(row, rle):
-    """Bounding box of a COCO run-length mask: columns first; "counts" a list, or text of 5-bit groups, a delta to the
-    run before last from the fourth on."""
+    """Box in pixels around a COCO run-length mask.
+
+    Its counts are the lengths of runs of 0 and 1 in turn, column by column: a list, or text.
+    """
     try:
         height, width = rle["size"]
         counts = rle["counts"]
         if isinstance(counts, str):
-            runs, value, shift = [], 0, 0
-            for group in (ord(char) - 48 for char in counts):
-                value, shift = value | (group & 31) << shift, shift + 5
-                if not group & 32:
-                    value -= (1 << shift) if group & 16 else 0
-                    runs, value, shift = [*runs, value + (runs[-2] if len(runs) > 2 else 0)], 0, 0
-            counts = runs
-        ys, xs = np.nonzero(np.repeat(np.arange(len(counts)) % 2, counts).reshape(width, height).T)
+            counts = read_counts(counts)
+        flat = np.repeat(np.arange(len(counts)) % 2, counts)
+        mask = flat.reshape(width, height).T  # (H, W), 1 = inside
+        ys, xs = np.nonzero(mask)
         return [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
     except (TypeError, KeyError, ValueError):
         raise BadRow(
@@ -273,7 +278,34 @@ def rle_box(row, rle):
         ) from None
 
 
-def vsi(row):
+def read_counts(text):
+    """COCO's text of run lengths -> a list of ints.
+
+    A character holds 5 bits, the lowest ones of a number first, and a bit that says whether more
+    follow. From the fourth number on it is the difference to the number two before, in two's
+    complement.
+    """
+    counts = []
+    value = 0
+    shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:  # more follow
+            continue
+        if bits & 16:  # negative
+            value -= 1 << shift
+        if len(counts) > 2:
+            value += counts[-2]
+        counts.append(value)
+        value = 0
+        shift = 0
+    return counts
+
+
+def from_vsi(row):
+    """VSI-Bench asks about videos, which are not read here; its options are "A. chair", ..."""
     options = [str(option).split(". ", 1)[-1] for option in row.get("options") or []]
     return {
         "id": row.get("id"),
@@ -285,208 +317,311 @@ def vsi(row):
     }
 
 
-BENCHMARKS = {  # what a folder is searched for; how a row is read
-    "spar": ("*.parquet", spar),
-    "embspatial": ("embspatial*.json", embspatial),
-    "sat": ("*test*.parquet", sat),
-    "blink": ("val-*.parquet", blink),
-    "cvbench": ("test*.parquet", cvbench),
-    "vsi": ("test-*.parquet", vsi),
-    "realworldqa": ("*.parquet", realworldqa),
-    "erqa": ("*.tfrecord", erqa),
-    "spatialrgpt": ("*.jsonl", spatialrgpt),
+BENCHMARKS = {  # which files of a folder are read; how a row is read
+    "spar": ("*.parquet", from_spar),
+    "embspatial": ("embspatial*.json", from_embspatial),
+    "sat": ("*test*.parquet", from_sat),
+    "blink": ("val-*.parquet", from_blink),
+    "cvbench": ("test*.parquet", from_cvbench),
+    "vsi": ("test-*.parquet", from_vsi),
+    "realworldqa": ("*.parquet", from_realworldqa),
+    "erqa": ("*.tfrecord", from_erqa),
+    "spatialrgpt": ("*.jsonl", from_spatialrgpt),
 }
 
-
-def json_rows(path):
-    rows = Rows(path)
-    return [rows.read(i) for i in range(len(rows))]
+# ----------------------------------------------------------------------------------------------
+# settings
 
 
-def raw_rows(bench, paths):
-    """The rows of files and folders, in the order of their names."""
-    rows = []
-    for path in paths:
-        files = [path]
-        if os.path.isdir(path):
-            files = sorted(
-                glob.glob(
-                    os.path.join(glob.escape(path), "**", BENCHMARKS[bench][0]), recursive=True
-                )
-            )
-        if not files or not os.path.exists(files[0]):
-            raise BadRow(
-                f"--data {path}: no such file, or no {BENCHMARKS[bench][0]} in that folder"
-            )
-        for file in files:
-            read = {".parquet": parquet_rows, ".tfrecord": tfrecord_rows}.get(
-                os.path.splitext(file)[1], json_rows
-            )
-            folder = os.path.dirname(os.path.abspath(file))
-            rows += [
-                {**row, "source": f"{file}: row {i}", "folder": folder, "group": row.get("source")}
-                for i, row in enumerate(read(file))
-            ]
-    return rows
+@dataclass
+class Settings:
+    # who is asked what
+    name: str = setting(
+        "", f"benchmark: {', '.join(BENCHMARKS)}", tuple(BENCHMARKS), positional=True
+    )
+    model: str = setting("out/grpo", "folder of this project or a stock Qwen3-VL")
+    data: list = setting([], "files of the benchmark, or the folder that holds them")
+    skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
+    path: str = setting(
+        "both",
+        "lor, dtr, both, or auto: dtr for regions and geometry, lor otherwise",
+        ("lor", "dtr", "both", "auto"),
+    )
+    score: str = setting("", "only score this JSON-lines file of {id, response}; nothing is run")
+    # how
+    max_new_tokens: int = setting(160, "longest response (paper: 2048)")
+    batch: int = setting(240, "prompts at once on a rank")
+    seed: int = setting(0, "seed of the processes; decoding is greedy")
+    attention: str = setting(
+        "auto",
+        "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed",
+        ("auto", "sdpa", "flash"),
+    )
+    # what comes out
+    json: str = setting(
+        "", "file for the table and every response; empty: out/bench_NAME.json, none with --score"
+    )
 
 
-def graded(bench, row):
-    """The row with its "level"; its answer must earn the full score by the benchmark's own rule."""
-    try:
-        rule, level = rule_of(bench, row["type"], row["answer"]), level_of(bench, row["type"])
-    except KeyError:
-        raise BadRow(
-            f"{row['source']}: {row['type']!r} is no type of question of {bench}"
-        ) from None
-    letter = read_choice(row["answer"]) if row.get("choices") else None
-    if score(bench, row["answer"], row) != 1 or letter and ord(letter) - 65 >= len(row["choices"]):
-        raise BadRow(
-            f"{row['source']}: field 'answer': {row['answer']!r} is no answer of the kind '{rule}' (a split "
-            "whose answers are hidden cannot be scored)"
-        )
-    return {**row, "level": level}
+# ----------------------------------------------------------------------------------------------
+# files -> instances
 
 
-def instances_of(bench, row):
-    """One row -> its instance on the LOR path and, where it has regions, on the DTR path."""
-    given = {"choices": None, "group": None, **BENCHMARKS[bench][1](row)}
-    given = graded(bench, {**given, **{key: row[key] for key in ("index", "source", "folder")}})
-    different, both = given.pop("dtr", None), []
-    for one in [given, {**given, **different}] if different else [given]:
-        listed = [f"({chr(65 + i)}) {words}" for i, words in enumerate(one["choices"] or [])]
-        text = one["prompt"] if "prompt" in one else "\n".join([one["question"], *listed])
-        text = f"{text}\n{ASK[rule_of(bench, one['type'], one['answer'])]}".strip()
-        turns = [{"from": "human", "value": text}, {"from": "gpt", "value": one["answer"]}]
-        both.append({**one, "conversations": turns})
-    return both
+def read(benchmark, paths, skip_bad_rows=False):
+    """Files and folders -> instances of both paths, in the order of the rows.
 
-
-def read(bench, paths, skip_bad_rows=False):
-    """Files and folders -> instances of both paths, in the order of the rows; "id" is the benchmark's, or the row's
-    number over all files where it has none or they repeat. Pictures are read when they are needed: see load."""
-    rows, bad = [], []
-    for index, row in enumerate(raw_rows(bench, paths)):
+    "id" is the benchmark's; the row's number over all files where it has none, or where ids repeat.
+    Pictures are read when they are needed: see `load`.
+    """
+    questions = []  # one or two instances each
+    bad = []
+    for index, row in enumerate(raw_rows(benchmark, paths)):
         try:
-            rows.append(instances_of(bench, {**row, "index": index}))
+            questions.append(instances_of(benchmark, {**row, "index": index}))
         except BadRow as error:
             if not skip_bad_rows:
                 raise BadRow(f"{error} (--skip_bad_rows leaves such rows out)") from None
             bad.append(f"skipped: {error}")
     if bad:
-        distributed.say(
-            "\n".join([*bad[:20], f"{len(bad)} of {len(rows) + len(bad)} rows skipped"])
-        )
-    if not rows:
+        count = f"{len(bad)} of {len(questions) + len(bad)} rows skipped"
+        distributed.say("\n".join([*bad[:20], count]))
+    if not questions:
         raise BadRow(f"--data {' '.join(paths)}: no usable row")
-    ids = [str(both[0].get("id")) for both in rows]
+    ids = [str(instances[0].get("id")) for instances in questions]
     unique = len(set(ids)) == len(ids)
-    return [
-        {**row, "id": name if unique else str(row["index"])}
-        for name, both in zip(ids, rows)
-        for row in both
+    rows = []
+    for published_id, instances in zip(ids, questions):
+        for row in instances:
+            rows.append({**row, "id": published_id if unique else str(row["index"])})
+    return rows
+
+
+def raw_rows(benchmark, paths):
+    """The rows of files and folders as they are published, in the order of the files' names.
+
+    Each has its "source" (file and row), and the "folder" of its file; a "source" of its own, which
+    CV-Bench has, becomes its "group".
+    """
+    rows = []
+    for path in paths:
+        for file in files_of(benchmark, path):
+            folder = os.path.dirname(os.path.abspath(file))
+            for i, row in enumerate(rows_of(file)):
+                own = {"source": f"{file}: row {i}", "folder": folder, "group": row.get("source")}
+                rows.append({**row, **own})
+    return rows
+
+
+def files_of(benchmark, path):
+    """A file, or those of the benchmark in a folder."""
+    pattern, _ = BENCHMARKS[benchmark]
+    files = [path]
+    if os.path.isdir(path):
+        anywhere = os.path.join(glob.escape(path), "**", pattern)
+        files = sorted(glob.glob(anywhere, recursive=True))
+    if not files or not os.path.exists(files[0]):
+        raise BadRow(f"--data {path}: no such file, or no {pattern} in that folder")
+    return files
+
+
+def rows_of(file):
+    extension = os.path.splitext(file)[1]
+    if extension == ".parquet":
+        return parquet_rows(file)
+    if extension == ".tfrecord":
+        return tfrecord_rows(file)
+    return json_rows(file)
+
+
+def json_rows(file):
+    rows = Rows(file)
+    return [rows.read(i) for i in range(len(rows))]
+
+
+def instances_of(benchmark, row):
+    """A row -> its instance on the LOR path and, where it has regions, that on the DTR path."""
+    _, from_row = BENCHMARKS[benchmark]
+    own = {key: row[key] for key in ("index", "source", "folder")}
+    lor = {"choices": None, "group": None, **from_row(row), **own}
+    lor = graded(benchmark, lor)
+    different = lor.pop("dtr", None)
+    instances = [with_turns(benchmark, lor)]
+    if different:
+        instances.append(with_turns(benchmark, {**lor, **different}))
+    return instances
+
+
+def graded(benchmark, row):
+    """The row with its "level"; its answer must earn the full score by the benchmark's own rule."""
+    try:
+        rule = rule_of(benchmark, row["type"], row["answer"])
+        level = level_of(benchmark, row["type"])
+    except KeyError:
+        raise BadRow(
+            f"{row['source']}: {row['type']!r} is no type of question of {benchmark}"
+        ) from None
+    right = score(benchmark, row["answer"], row) == 1
+    if row.get("choices"):
+        letter = read_choice(row["answer"])
+        right = right and (letter is None or index_of(letter) < len(row["choices"]))
+    if not right:
+        raise BadRow(
+            f"{row['source']}: field 'answer': {row['answer']!r} is no answer of the kind '{rule}' "
+            "(a split whose answers are hidden cannot be scored)"
+        )
+    return {**row, "level": level}
+
+
+def with_turns(benchmark, row):
+    """The row with its "conversations": the question with choices and how to answer; the answer."""
+    if "prompt" in row:
+        text = row["prompt"]
+    else:
+        choices = row["choices"] or []
+        listed = [f"({letter_of(i)}) {words}" for i, words in enumerate(choices)]
+        text = "\n".join([row["question"], *listed])
+    rule = rule_of(benchmark, row["type"], row["answer"])
+    text = f"{text}\n{HOW_TO_ANSWER[rule]}".strip()
+    conversations = [
+        {"from": "human", "value": text},
+        {"from": "gpt", "value": row["answer"]},
     ]
+    return {**row, "conversations": conversations}
+
+
+# ----------------------------------------------------------------------------------------------
+# an instance as data.py takes it
 
 
 def load(row):
-    """The instance as data.py takes it: cells of parquet files read, boxes to draw turned into marks (thousandths)."""
-    read_now = lambda value: value() if isinstance(value, partial) else value
+    """The instance with its pictures and depth maps; boxes to draw become marks, in thousandths."""
     row = {key: read_now(value) for key, value in row.items()}
-    images = [
-        read_now(value)
-        for value in (row["image"] if isinstance(row["image"], list) else [row["image"]])
-    ]
-    images = [
-        value.get("bytes") or value.get("path") if isinstance(value, dict) else value
-        for value in images
-    ]
-    images = [value for value in images if value is not None]
+    images = row["image"] if isinstance(row["image"], list) else [row["image"]]
+    images = [path_or_bytes(image) for image in images]
+    images = [image for image in images if image is not None]
     if not images:
         raise BadRow(
             f"{row['source']}: field 'image': no picture; without pictures there is only --score"
         )
     row["image"] = images[0] if len(images) == 1 else images
-    sizes = [instances.open_image(row, i).size for i in range(len(images))]
+    sizes = [open_image(row, i).size for i in range(len(images))]
     for color, box in row.pop("draw", {}).items():
-        row[f"{color}_bbox"] = [
-            [min(max(v / side, 0), 1) * 1000 for v, side in zip(box, sizes[0] * 2)]
-        ]
+        sides = sizes[0] * 2  # width, height, width, height
+        inside = [min(max(value / side, 0), 1) for value, side in zip(box, sides)]
+        row[f"{color}_bbox"] = [[value * 1000 for value in inside]]
     return with_depth(row, sizes)
 
 
+def read_now(value):
+    """A cell of a parquet file that was left there; any other value as it is."""
+    return value() if isinstance(value, partial) else value
+
+
+def path_or_bytes(image):
+    """An image as a file holds it: in parquet {"bytes": .., "path": ..}, else a path or bytes."""
+    image = read_now(image)
+    if isinstance(image, dict):
+        return image.get("bytes") or image.get("path")
+    return image
+
+
 def with_depth(row, sizes):
-    """Depth maps (metres, 0 = none) and their 4x4 intrinsics, both brought to the size of the pictures."""
-    maps, cameras = [], []
+    """The row with depth and intrinsics brought to the size of its pictures, where it has any."""
+    given_maps = row.pop("depth", None) or []
+    given_cameras = row.pop("intrinsics", None) or []
+    maps = []
+    cameras = []
     try:
-        for depth, camera, (w, h) in zip(
-            row.pop("depth", None) or [], row.pop("intrinsics", None) or [], sizes
-        ):
-            depth, camera = np.asarray(depth, np.float32), np.reshape(camera, (4, 4))
-            x, y = w / depth.shape[1], h / depth.shape[0]
-            depth = depth[((np.arange(h) + 0.5) / y).astype(int)][
-                :, ((np.arange(w) + 0.5) / x).astype(int)
-            ]
-            maps.append(np.where(depth > 0, depth, np.nan).astype(np.float32))
-            cameras.append(
-                [
-                    float(v)
-                    for v in (
-                        camera[0, 0] * x,
-                        camera[1, 1] * y,
-                        camera[0, 2] * x,
-                        camera[1, 2] * y,
-                    )
-                ]
-            )
+        for depth, camera, size in zip(given_maps, given_cameras, sizes):
+            depth, camera = resize_depth(depth, camera, size)
+            maps.append(depth)
+            cameras.append(camera)
     except (TypeError, ValueError, IndexError) as error:
         raise BadRow(
             f"{row['source']}: field 'depth': needs maps in metres, and 4x4 intrinsics ({error})"
         ) from None
-    one = len(sizes) == 1
-    found = (
-        {"depth": maps[0] if one else maps, "intrinsics": cameras[0] if one else cameras}
-        if maps
-        else {}
-    )
-    return {**row, **found}
+    if not maps:
+        return row
+    if len(sizes) == 1:
+        return {**row, "depth": maps[0], "intrinsics": cameras[0]}
+    return {**row, "depth": maps, "intrinsics": cameras}
 
 
-def record(row, response, path=None):
-    kept = {key: row[key] for key in ("index", "id", "type", "level", "group", "choices", "answer")}
-    question = instances.question_of(row) if "conversations" in row else row["question"]
+def resize_depth(depth, camera, size):
+    """A depth map (metres, 0 = none) and 4x4 intrinsics, both brought to a size (W, H) in pixels.
+
+    -> depth (H, W) with NaN = none, nearest neighbours; [fx, fy, cx, cy]
+    """
+    width, height = size
+    depth = np.asarray(depth, np.float32)
+    camera = np.reshape(camera, (4, 4))
+    x_scale = width / depth.shape[1]
+    y_scale = height / depth.shape[0]
+    rows = ((np.arange(height) + 0.5) / y_scale).astype(int)
+    columns = ((np.arange(width) + 0.5) / x_scale).astype(int)
+    depth = depth[rows][:, columns]  # (H, W)
+    depth = np.where(depth > 0, depth, np.nan).astype(np.float32)
+    fx = camera[0, 0] * x_scale
+    fy = camera[1, 1] * y_scale
+    cx = camera[0, 2] * x_scale
+    cy = camera[1, 2] * y_scale
+    return depth, [float(fx), float(fy), float(cx), float(cy)]
+
+
+# ----------------------------------------------------------------------------------------------
+# records: responses that the model gives here
+
+
+def record_of(row, response, path):
+    """What is kept of a response; with "score" it is a result."""
     return {
-        **kept,
-        "path": path or instances.path_of(row),
-        "question": question,
+        "index": row["index"],
+        "id": row["id"],
+        "type": row["type"],
+        "level": row["level"],
+        "group": row["group"],
+        "choices": row["choices"],
+        "answer": row["answer"],
+        "path": path,
+        "question": question_of(row) if "conversations" in row else row["question"],
         "response": response,
     }
 
 
-def resume(file, about, rows):
-    """What earlier runs left in the file: {(id, path): record}. The half line of a killed run does not count."""
-    if not os.path.exists(file):
-        return {}
-    with open(file, encoding="utf-8", errors="replace") as handle:
-        lines = handle.read().split("\n")[:-1]
-    if not lines:
-        return {}
-    try:
-        first, *records = map(json.loads, lines)
-        done = {(r["id"], r["path"]): r for r in records}
-        changed = [key for key in about if first["run"].get(key) != about[key]]
-        changed += [
-            f"question {row['id']}"
-            for row in rows
-            if (row["id"], instances.path_of(row)) in done
-            and done[row["id"], instances.path_of(row)]["question"] != instances.question_of(row)
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        changed = ["it cannot be read"]
-    if changed:
-        raise UserError(
-            f"{file}: holds the responses of another run (differs: {changed[0]}); remove it, or name "
-            "another --json"
-        )
-    return done
+def key_of(row):
+    """What a question's record is found by."""
+    return row["id"], path_of(row)
+
+
+def ask_model(settings, file):
+    """Greedy responses of --model -> records, on every rank; also appended to the file."""
+    device = distributed.setup(settings.seed)
+    rows = read(settings.name, settings.data, settings.skip_bad_rows)
+    rows = rows_on_path(rows, settings.path)
+    model, tokenizer, processor = load_model(settings.model)
+    distributed.use_attention(model, settings.attention)
+    about = {
+        "bench": settings.name,
+        "weights": fingerprint(model),
+        "max_new_tokens": settings.max_new_tokens,
+    }
+    model = distributed.shard(model, device)
+    return answer(model, tokenizer, processor, rows, device, settings, file, about)
+
+
+def rows_on_path(rows, path):
+    """The rows of --path. With "auto" each question is asked on the path that `best_path` chooses.
+
+    A question without a DTR row is asked on LOR.
+    """
+    if path == "both":
+        return rows
+    if path != "auto":
+        return [row for row in rows if path_of(row) == path]
+    best = {}
+    for row in rows:  # the DTR row of a question comes after its LOR row
+        best[row["id"]] = best_path(row) if path_of(row) == "dtr" else "lor"
+    return [row for row in rows if path_of(row) == best[row["id"]]]
 
 
 def fingerprint(model):
@@ -499,165 +634,245 @@ def fingerprint(model):
 
 
 def answer(model, tokenizer, processor, rows, device, settings, file, about):
-    """Greedy responses to the rows as records, in their order, on every rank; appended to the file as they are made."""
+    """Greedy responses to the rows -> records, in their order, on every rank.
+
+    They are appended to the file as they are made. about: a dict that tells this run from others.
+    """
     done = resume(file, about, rows)
-    distributed.gather([])  # all ranks have read it before one writes
+    distributed.gather([])  # all ranks have read the file before one writes to it
     if distributed.rank() == 0:
-        os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
-        with open(file, "ab+") as handle:  # whole lines only, the first says what this is
-            handle.seek(0)
-            handle.truncate(handle.read().rfind(b"\n") + 1)
-            handle.write(b"" if handle.seek(0, 2) else json.dumps({"run": about}).encode() + b"\n")
-    todo = [row for row in rows if (row["id"], instances.path_of(row)) not in done]
+        begin_file(file, about)
+    todo = [row for row in rows if key_of(row) not in done]
     distributed.say(
-        f"{settings.name}: {len(rows)} questions, {len(rows) - len(todo)} of them answered before in {file}"
+        f"{settings.name}: {len(rows)} questions, "
+        f"{len(rows) - len(todo)} of them answered before in {file}"
     )
-    mine, longest = (
-        todo[distributed.rank() :: distributed.world_size()],
-        -(-len(todo) // distributed.world_size()),
-    )
-    stop, banned = token_rules(model, tokenizer, device)
+    mine = todo[distributed.rank() :: distributed.world_size()]
+    most_of_a_rank = math.ceil(len(todo) / distributed.world_size())
+    rules = token_rules(model, tokenizer, device)
     with distributed.gathered(model):
         bar = tqdm(
-            range(0, longest, settings.batch),
+            range(0, most_of_a_rank, settings.batch),
             desc=settings.name,
             disable=distributed.rank() > 0,
             mininterval=2,
         )
         for start in bar:
-            part, new = mine[start : start + settings.batch], []
-            if part:
+            batch = mine[start : start + settings.batch]
+            new = []
+            if batch:  # also a rank that has nothing left to ask takes part in `gather`
                 samples = [
-                    data.encode(load(row), tokenizer, processor, train=False) for row in part
+                    data.encode(load(row), tokenizer, processor, train=False) for row in batch
                 ]
                 prompts = data.to(data.collate(samples, tokenizer), device)
-                tokens, mask, *_ = rollout(
-                    model, prompts, 1, settings.max_new_tokens, stop, banned, 0.0
-                )
-                new = map(record, part, decode(tokenizer, tokens, mask, set(stop.tolist()))[0])
-            new = distributed.gather(list(new))  # the ranks go in step: one of them writes for all
-            if distributed.rank() == 0:
-                with open(file, "a") as handle:
-                    handle.write("".join(json.dumps(one) + "\n" for one in new))
-            done.update({(one["id"], one["path"]): one for one in new})
-    return [record(row, done[row["id"], instances.path_of(row)]["response"]) for row in rows]
+                texts = respond(model, tokenizer, prompts, settings.max_new_tokens, rules)
+                new = [record_of(row, text, path_of(row)) for row, text in zip(batch, texts)]
+            new = distributed.gather(new)
+            if distributed.rank() == 0:  # one writes for all
+                append(file, new)
+            for record in new:
+                done[record["id"], record["path"]] = record
+    return [record_of(row, done[key_of(row)]["response"], path_of(row)) for row in rows]
+
+
+def respond(model, tokenizer, prompts, max_new_tokens, rules):
+    """Greedy responses to a batch of prompts, one per prompt; rules: see model.token_rules."""
+    stop_ids, banned = rules
+    tokens, mask, _, _ = rollout(
+        model, prompts, 1, max_new_tokens, stop_ids, banned, temperature=0.0
+    )
+    texts, _ = decode(tokenizer, tokens, mask, set(stop_ids.tolist()))
+    return texts
+
+
+# ----------------------------------------------------------------------------------------------
+# the file of records, from which a later run goes on: the first line says which run it is of
+
+
+def resume(file, about, rows):
+    """What earlier runs left in the file -> {(id, path): record}.
+
+    UserError where the file is of another model, of other settings or of other questions.
+    """
+    if not os.path.exists(file):
+        return {}
+    with open(file, encoding="utf-8", errors="replace") as handle:
+        lines = handle.read().split("\n")[:-1]  # without what follows the last whole line
+    if not lines:
+        return {}
+    try:
+        head, *records = map(json.loads, lines)
+        done = {(record["id"], record["path"]): record for record in records}
+        changed = [key for key in about if head["run"].get(key) != about[key]]
+        for row in rows:
+            if key_of(row) in done and done[key_of(row)]["question"] != question_of(row):
+                changed.append(f"question {row['id']}")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        changed = ["it cannot be read"]
+    if changed:
+        raise UserError(
+            f"{file}: holds the responses of another run (differs: {changed[0]}); "
+            "remove it, or name another --json"
+        )
+    return done
+
+
+def begin_file(file, about):
+    """Cut off the half line that a killed run left; write the first line where there is none."""
+    os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+    with open(file, "ab+") as handle:
+        handle.seek(0)
+        whole_lines = handle.read().rfind(b"\n") + 1  # bytes
+        handle.truncate(whole_lines)
+        if whole_lines == 0:
+            handle.write(json.dumps({"run": about}).encode() + b"\n")
+
+
+def append(file, records):
+    with open(file, "a") as handle:
+        handle.write("".join(json.dumps(record) + "\n" for record in records))
+
+
+# ----------------------------------------------------------------------------------------------
+# records: responses that were made before, here or elsewhere (--score)
 
 
 def read_responses(settings):
-    """--score: responses made elsewhere, or here, as records. With --data every question of a path counts, one without
-    a response as wrong; without, each line holds its own "answer" and "type"."""
-    rows = read(settings.name, settings.data, settings.skip_bad_rows) if settings.data else []
-    known, found = {(row["id"], instances.path_of(row)): row for row in rows}, {}
-    for number, line in enumerate(line for line in json_rows(settings.score) if "run" not in line):
-        key = (
-            str(line.get("id", line.get("idx", number))),
-            "dtr" if line.get("path") == "dtr" else "lor",
-        )
-        if not isinstance(line.get("response"), str):
-            raise BadRow(
-                f"{line['source']}: field 'response': needs text, not {str(line.get('response'))[:60]!r}"
-            )
-        if key in found or rows and key not in known:
-            raise BadRow(
-                f"{line['source']}: field 'id': {key[0]!r} on the path {key[1]!r} is "
-                f"{'there twice' if key in found else 'not in --data'}"
-            )
+    """The lines of --score as records, sorted by row.
+
+    With --data every question of a path counts, and one without a response is wrong. Without it
+    each line holds its own "answer" and "type".
+    """
+    rows = []
+    if settings.data:
+        rows = read(settings.name, settings.data, settings.skip_bad_rows)
+    known = {key_of(row): row for row in rows}
+    found = {}
+    lines = [line for line in json_rows(settings.score) if "run" not in line]
+    for number, line in enumerate(lines):
+        key = checked_key(line, number, known, found)
         if rows:
-            found[key] = record(reordered(known[key], line), line["response"], key[1])
+            row = reordered(known[key], line)
         else:
-            alone = {
-                "type": "question",
-                "index": number,
-                "question": "",
-                "choices": None,
-                "group": None,
-                **line,
-            }
-            alone = {**alone, "id": key[0], "answer": get(line, "answer")}
-            alone["group"] = get(line, "group") if settings.name == "cvbench" else None
-            found[key] = record(graded(settings.name, alone), line["response"], key[1])
-    asked = {path for _, path in found}
-    missing = [
-        row
-        for row in rows
-        if instances.path_of(row) in asked and (row["id"], instances.path_of(row)) not in found
-    ]
+            row = row_of_line(settings.name, line, number, key)
+        found[key] = record_of(row, line["response"], key[1])
+    asked_paths = {path for _, path in found}
+    missing = [row for row in rows if path_of(row) in asked_paths and key_of(row) not in found]
     if missing:
         distributed.say(
-            f"{len(missing)} of {len(missing) + len(found)} questions have no response: they count as wrong"
+            f"{len(missing)} of {len(missing) + len(found)} questions have no response: "
+            "they count as wrong"
         )
-    records = [*found.values(), *(record(row, "", instances.path_of(row)) for row in missing)]
-    return sorted(records, key=lambda r: (r["index"], r["path"] != "lor"))
+    records = list(found.values())
+    records += [record_of(row, "", path_of(row)) for row in missing]
+    return sorted(records, key=lambda record: (record["index"], record["path"] != "lor"))
+
+
+def checked_key(line, number, known, found):
+    """The key of the question that a line answers; BadRow without a response or such a question.
+
+    known: the rows of --data by key, or none at all; found: the records of earlier lines.
+    """
+    line_id = str(line.get("id", line.get("idx", number)))
+    path = "dtr" if line.get("path") == "dtr" else "lor"
+    response = line.get("response")
+    if not isinstance(response, str):
+        raise BadRow(f"{line['source']}: field 'response': needs text, not {str(response)[:60]!r}")
+    problem = ""
+    if (line_id, path) in found:
+        problem = "there twice"
+    elif known and (line_id, path) not in known:
+        problem = "not in --data"
+    if problem:
+        raise BadRow(f"{line['source']}: field 'id': {line_id!r} on the path {path!r} is {problem}")
+    return line_id, path
 
 
 def reordered(row, line):
     """The row with its choices in the order in which the line says that they were shown."""
-    shown, choices = line.get("choices"), row["choices"]
+    shown = line.get("choices")
+    choices = row["choices"]
     if not shown or not choices or shown == choices:
         return row
     if not isinstance(shown, list) or sorted(map(str, shown)) != sorted(map(str, choices)):
         raise BadRow(
-            f"{line['source']}: field 'choices': needs the choices of --data in any order, {choices}"
+            f"{line['source']}: field 'choices': needs the choices of --data in any order, "
+            f"{choices}"
         )
-    return {
-        **row,
-        "choices": shown,
-        "answer": chr(65 + shown.index(choices[ord(row["answer"].strip("()")) - 65])),
+    right = choices[index_of(read_choice(row["answer"]))]
+    return {**row, "choices": shown, "answer": letter_of(shown.index(right))}
+
+
+def row_of_line(benchmark, line, number, key):
+    """A line that holds its own answer -> a row to score it by."""
+    row = {
+        "type": "question",
+        "index": number,
+        "question": "",
+        "choices": None,
+        "group": None,
+        **line,
     }
+    row["id"] = key[0]
+    row["answer"] = get(line, "answer")
+    row["group"] = get(line, "group") if benchmark == "cvbench" else None
+    return graded(benchmark, row)
+
+
+# ----------------------------------------------------------------------------------------------
+# the program
+
+
+def run_benchmark(settings):
+    """Get the records, score them, print and write the table."""
+    file = settings.json or f"out/bench_{settings.name}.json"
+    if settings.score:
+        records = read_responses(settings)
+    else:
+        check(settings)
+        records = ask_model(settings, os.path.splitext(file)[0] + ".jsonl")
+    if not records:
+        raise UserError("nothing to score: no response, or no question of this path")
+    results = []
+    for record in records:
+        value = score(settings.name, record["response"], record)
+        results.append({**record, "score": value})
+    paths = ("auto",) if settings.path == "auto" else ("lor", "dtr")
+    table = make_table(settings.name, results, mean_interval, paths)
+    show_table(settings.name, table)
+    if settings.json or not settings.score:
+        write_json(file, {"bench": settings.name, "table": table, "responses": results})
+
+
+def check(settings):
+    """UserError for settings with which no model can be asked."""
+    if settings.name == "vsi":
+        raise UserError("vsi: questions about videos are only scored, with --score FILE.jsonl")
+    if not settings.data:
+        pattern, _ = BENCHMARKS[settings.name]
+        raise UserError(f"{settings.name}: needs --data, its files or the folder with {pattern}")
+
+
+def show_table(benchmark, table):
+    for line in table:
+        distributed.say(
+            f"{line['path']:<4} {line['kind']:<8}{line['name']:<32}{line['n']:>6} "
+            f"{line['score']:6.3f} ±{line['ci']:.3f}"
+        )
+    in_words, _ = overall_rule(benchmark)
+    distributed.say(f"± is half a 95 % interval; overall is {in_words}")
+
+
+def write_json(file, content):
+    if distributed.rank() == 0:
+        os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+        with open(f"{file}.partial", "w") as handle:
+            json.dump(content, handle)
+        os.replace(f"{file}.partial", file)
 
 
 def main():
-    settings = parse(Settings, __doc__)
-    bench = settings.name
-    path = settings.json or f"out/bench_{bench}.json"
-    if settings.score:
-        results = read_responses(settings)
-    elif bench == "vsi":
-        raise UserError("vsi: questions about videos are only scored, with --score FILE.jsonl")
-    elif not settings.data:
-        raise UserError(
-            f"{bench}: needs --data, its files or the folder with {BENCHMARKS[bench][0]}"
-        )
-    else:
-        results = run_benchmark(settings, path)
-    if not results:
-        raise UserError("nothing to score: no response, or no question of this path")
-    results = [{**r, "score": score(bench, r["response"], r)} for r in results]
-    paths = ("auto",) if settings.path == "auto" else ("lor", "dtr")
-    table = make_table(bench, results, eval.mean_interval, paths)
-    for line in table:
-        distributed.say("{path:<4} {kind:<8}{name:<32}{n:>6} {score:6.3f} ±{ci:.3f}".format(**line))
-    overall = OVERALL.get(bench, ["the mean over all questions"])[0]
-    distributed.say(f"± is half a 95 % interval; overall is {overall}")
-    if distributed.rank() == 0 and (settings.json or not settings.score):
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(f"{path}.partial", "w") as file:
-            json.dump({"bench": bench, "table": table, "responses": results}, file)
-        os.replace(f"{path}.partial", path)
-
-
-def run_benchmark(settings, path):
-    """Ask the model -> records of all questions, on every rank."""
-    device = distributed.setup(settings.seed)
-    rows = read(settings.name, settings.data, settings.skip_bad_rows)
-    best = {}
-    for row in rows:  # the DTR row of a question comes after its LOR row
-        best[row["id"]] = instances.best_path(row) if instances.path_of(row) == "dtr" else "lor"
-    wanted = []
-    for row in rows:
-        path_of_row = instances.path_of(row)
-        if settings.path in ("both", path_of_row) or settings.path == "auto" and best[row["id"]] == path_of_row:
-            wanted.append(row)
-    model, tokenizer, processor = load_model(settings.model)
-    distributed.use_attention(model, settings.attention)
-    about = {
-        "bench": settings.name,
-        "weights": fingerprint(model),
-        "max_new_tokens": settings.max_new_tokens,
-    }
-    model = distributed.shard(model, device)
-    file = os.path.splitext(path)[0] + ".jsonl"
-    return answer(model, tokenizer, processor, wanted, device, settings, file, about)
+    run_benchmark(parse(Settings, __doc__))
 
 
 if __name__ == "__main__":

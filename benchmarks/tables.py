@@ -1,5 +1,7 @@
-"""Tables that benchmarks come in -> rows as dicts: parquet, whose pictures stay on disk until they are asked for, and
-TFRecord files, read without TensorFlow, with both checksums of each record checked.
+"""The tables that benchmarks come in -> rows as dicts: parquet and TFRecord files.
+
+Parquet needs pyarrow; pictures and depth maps stay on disk until they are asked for. TFRecord files
+are read without TensorFlow, and both checksums of each record are checked.
 """
 
 import struct
@@ -8,105 +10,154 @@ from functools import cache, lru_cache, partial
 from formats.errors import BadRow
 from formats.files import open_parquet
 
-LAZY = ("image", "image_bytes", "image_1", "image_2", "image_3", "image_4", "depth")
+# ----------------------------------------------------------------------------------------------
+# parquet
+
+LAZY_COLUMNS = ("image", "image_bytes", "image_1", "image_2", "image_3", "image_4", "depth")
 
 
 def parquet_rows(path):
-    """-> dicts; a cell of a column in LAZY is a function (functools.partial) that reads it."""
+    """-> dicts; a cell of a lazy column is a function (functools.partial) that reads it."""
     file = open_parquet(path)
     names = file.schema_arrow.names
-    light = [name for name in names if name not in LAZY]
-    groups = [file.read_row_group(g, light).to_pylist() for g in range(file.num_row_groups)]
-    return [
-        {**row, **{name: partial(cell, path, g, i, name) for name in names if name in LAZY}}
-        for g, rows in enumerate(groups)
-        for i, row in enumerate(rows)
-    ]
+    lazy = [name for name in names if name in LAZY_COLUMNS]
+    light = [name for name in names if name not in LAZY_COLUMNS]
+    rows = []
+    for group in range(file.num_row_groups):
+        for index, row in enumerate(file.read_row_group(group, light).to_pylist()):
+            for name in lazy:
+                row[name] = partial(read_cell, path, group, index, name)
+            rows.append(row)
+    return rows
 
 
-@lru_cache(maxsize=8)  # neighbours are asked for one after the other
-def column(path, group, name):
+def read_cell(path, group, index, name):
+    return read_column(path, group, name)[index].as_py()
+
+
+@lru_cache(maxsize=8)  # the cells of neighbouring rows are asked for one after the other
+def read_column(path, group, name):
+    """One column of one row group."""
     return open_parquet(path).read_row_group(group, [name]).column(0)
 
 
-def cell(path, group, index, name):
-    return column(path, group, name)[index].as_py()
-
-
-@cache
-def crc_table():
-    table = list(range(256))
-    for _ in range(8):
-        table = [c >> 1 ^ (0x82F63B78 if c & 1 else 0) for c in table]
-    return table
-
-
-def masked_crc(blob):
-    """The checksum of TFRecord files: CRC-32C (Castagnoli), rotated right by 15 bits, plus a constant."""
-    table, crc = crc_table(), 0xFFFFFFFF
-    for byte in blob:
-        crc = table[(crc ^ byte) & 255] ^ crc >> 8
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def varint(message, at):
-    value = shift = 0
-    while True:
-        byte, at = message[at], at + 1
-        value, shift = value | (byte & 127) << shift, shift + 7
-        if byte < 128:
-            return value, at
-
-
-def fields(message):
-    """Protocol buffer message -> [(field number, value)]: an int for a varint, else bytes."""
-    found, at = [], 0
-    while at < len(message):
-        key, at = varint(message, at)
-        if key & 7 == 0:
-            value, at = varint(message, at)
-        else:
-            size, at = varint(message, at) if key & 7 == 2 else ({1: 8, 5: 4}[key & 7], at)
-            value, at = message[at : at + size], at + size
-        found.append((key >> 3, value))
-    return found
-
-
-def ints(packed):
-    values, at = [], 0
-    while at < len(packed):
-        value, at = varint(packed, at)
-        values.append(value)
-    return values
+# ----------------------------------------------------------------------------------------------
+# TFRecord: a sequence of records, each a protocol buffer message of the type tf.train.Example
 
 
 def tfrecord_rows(path):
-    """TFRecord of tf.train.Example -> rows of lists of bytes or ints, both checksums of each record checked.
+    """-> dicts of lists, of bytes or of ints; BadRow for a record that is damaged or cut off.
 
-    Record: length (8 bytes), its checksum (4), data, its checksum (4). Data: {1: {1: {1: name, 2: value}, ..}} with
-    value {1: list of bytes} or {3: list of ints}, list {1: ..}, ints one by one or packed.
+    A record is: its length (8 bytes), the checksum of that (4), the message, its checksum (4).
     """
     rows = []
     with open(path, "rb") as file:
-        while head := file.read(12):
+        while header := file.read(12):
             try:
-                size, check = struct.unpack("<QI", head)
-                blob = file.read(size) if masked_crc(head[:8]) == check else b""
-                if masked_crc(blob) != struct.unpack("<I", file.read(4))[0]:
-                    raise ValueError
-                row = {}
-                for _, entry in fields(dict(fields(blob))[1]):
-                    name, value = (value for _, value in sorted(fields(entry)))
-                    values = [
-                        ints(v) if kind == 3 and isinstance(v, bytes) else [v]
-                        for kind, many in fields(value)
-                        for _, v in fields(many)
-                    ]
-                    row[name.decode()] = [v for part in values for v in part]
+                rows.append(read_example(read_message(file, header)))
             except (IndexError, KeyError, ValueError, struct.error):
                 raise BadRow(
                     f"{path}: record {len(rows)}: wrong length or checksum; download it again"
                 ) from None
-            rows.append(row)
     return rows
+
+
+def read_message(file, header):
+    """The bytes of the record whose header was just read; ValueError where a checksum is wrong."""
+    length, checksum = struct.unpack("<QI", header)
+    if masked_crc(header[:8]) != checksum:
+        raise ValueError
+    message = file.read(length)
+    (checksum,) = struct.unpack("<I", file.read(4))
+    if masked_crc(message) != checksum:
+        raise ValueError
+    return message
+
+
+def read_example(message):
+    """A tf.train.Example -> {name: list of bytes or of ints}.
+
+    In field numbers it is {1: {1: {1: name, 2: feature}, ...}}, a feature is {1: list of bytes} or
+    {3: list of ints}, and the values of a list are its fields 1, ints one by one or packed.
+    """
+    row = {}
+    for _, entry in read_fields(dict(read_fields(message))[1]):
+        (_, name), (_, feature) = sorted(read_fields(entry))
+        values = []
+        for kind, listed in read_fields(feature):
+            for _, value in read_fields(listed):
+                packed = kind == 3 and isinstance(value, bytes)
+                values += unpack_ints(value) if packed else [value]
+        row[name.decode()] = values
+    return row
+
+
+def read_fields(message):
+    """A protocol buffer message -> [(field number, value), ...]; a value is an int or bytes."""
+    found = []
+    position = 0
+    while position < len(message):
+        key, position = read_varint(message, position)
+        wire_type = key & 7
+        if wire_type == 0:  # a varint
+            value, position = read_varint(message, position)
+        else:
+            if wire_type == 2:  # bytes, with their number in front
+                size, position = read_varint(message, position)
+            else:  # a number of fixed size; KeyError for a wire type that does not exist
+                size = {1: 8, 5: 4}[wire_type]
+            value = message[position : position + size]
+            position += size
+        found.append((key >> 3, value))
+    return found
+
+
+def unpack_ints(packed):
+    """Varints one after the other -> a list of ints."""
+    values = []
+    position = 0
+    while position < len(packed):
+        value, position = read_varint(packed, position)
+        values.append(value)
+    return values
+
+
+def read_varint(message, position):
+    """The int that is written at a position of a message -> the int, and the next position.
+
+    Each byte holds 7 bits, the lowest ones first; its highest bit says that more bytes follow.
+    """
+    value = 0
+    shift = 0
+    while True:
+        byte = message[position]
+        position += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, position
+
+
+def masked_crc(message):
+    """The checksum of TFRecord files: CRC-32C, rotated right by 15 bits, plus a constant."""
+    table = crc_table()
+    crc = 0xFFFFFFFF
+    for byte in message:
+        crc = table[(crc ^ byte) & 255] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    rotated = crc >> 15 | crc << 17
+    return (rotated + 0xA282EAD8) & 0xFFFFFFFF
+
+
+@cache
+def crc_table():
+    """CRC-32C of each single byte; its polynomial (Castagnoli's) has its lowest bit first."""
+    table = []
+    for crc in range(256):
+        for _ in range(8):
+            odd = crc & 1
+            crc >>= 1
+            if odd:
+                crc ^= 0x82F63B78
+        table.append(crc)
+    return table

@@ -55,9 +55,9 @@ def setup(seed):
         timeout = datetime.timedelta(seconds=TIMEOUT)
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **alone)
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     else:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

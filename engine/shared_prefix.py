@@ -1,16 +1,27 @@
-"""Key-value caches in which a prompt is computed once for all of its responses, in training and in sampling.
+"""`rollout` and `token_logprobs` with every prompt computed once for its G responses.
 
-training    PromptKV remembers the prompt's keys and values, BranchKV shows them to its G responses, with gradient.
-sampling    DecodeKV keeps the prompt's keys and values once and each response's own beside them.
+Both take and return the same as the plain ones of model.py, where each response is a row of its own
+that computes the whole prompt again. But the G responses to a prompt attend to the same keys and
+values of that prompt, and these do not depend on the response. So they are computed once:
 
-Both multiply the queries of the whole group with the prompt's keys: they are read once a group, not once a response,
-and never copied. Stock attention needs copies, one for each response and each query head. In training its kernels are
-worth that on CUDA; and with activation checkpointing, whose second pass calls stock attention.
+    prefill     one forward of the B prompts leaves their keys and values in a PromptCache
+    sampling    DecodeKV: the prompt's keys and values, once, and beside them those of each response,
+                which grow by a token per step
+    training    BranchKV: one forward of the N responses, each behind its prompt's keys and values;
+                the gradients of G responses add up there and flow back into the one prefill
 
-Of the prompt's last layer only the keys and values are needed, and the rest for the last token: LastLayer.
+Stock attention takes keys and values row by row, so that a shared prompt would have to be copied for
+each response, and with some kernels for each query head. Here a query is multiplied with the
+prompt's keys and with its own response's keys in two products, and one softmax spans both. The first
+product is done for all G responses at once: it reads the prompt's keys once per group and copies
+nothing.
 
-Dimensions: B prompts, G responses per prompt, N = B G, L prompt tokens, T response tokens, H heads, K key-value heads,
-D head width.
+In training, stock attention with copies is used after all in two cases (BranchKV, `copies`): on
+CUDA, where its fused kernels gain more than the copies cost; and with activation checkpointing,
+where the backward pass runs the layers again, after the attention of this file was taken off.
+
+Dimensions: B prompts, G responses per prompt, N = B G, L prompt tokens, T response tokens,
+V vocabulary, H query heads, K key-value heads, D width of a head.
 """
 
 import contextlib
@@ -29,44 +40,47 @@ from model import allowed_logits, choose_tokens, encode_prompts, float_of
 def rollout(
     model, prompts, group, max_new_tokens, stop_ids, banned, temperature=1.0, generator=None
 ):
-    """Sample `group` responses a prompt (temperature 0: greedy): vision tower once an image, prompt once a group.
+    """Sample `group` responses per prompt, token by token; temperature 0 is greedy.
 
-    prompts: a collated batch, left-padded. banned: token ids that are never sampled (image pads, `<mask>`).
-    -> tokens (B*G, T), mask (B*G, T) 1 = sampled, up to and including the stop token, logprobs (B*G, T), features.
-    The rows of a prompt are neighbours. A row whose last mask is 1 and that holds no stop id at its end was cut off.
+    prompts: a collated batch (data.py), left-padded; banned: token ids that are never sampled.
+    -> tokens (N, T); mask (N, T), 1 = sampled, up to and including the stop token;
+       logprobs (N, T) of the sampled tokens; the features of the images.
+    The responses to a prompt are neighbours. A response without a stop token at its end was cut off.
     """
-    model.eval()  # in train mode checkpointing layers drop the cache
+    model.eval()  # nothing is recomputed: activation checkpointing is for training
     features = encode_prompts(model, prompts)
-    layers, logits, position = forward_prompts(model, prompts, features)
+    layers, logits, next_position = forward_prompts(model, prompts, features)
     cache = DecodeCache(layers, group, max_new_tokens, prompts["attention_mask"])
-    position, logits = (
-        position.repeat_interleave(group, 0),
-        logits[:, -1].repeat_interleave(group, 0),
-    )
-    rows = torch.arange(len(logits), device=logits.device)  # which responses the batch still holds
-    alive = torch.ones_like(rows, dtype=torch.bool)
-    tokens = position.new_zeros(len(rows), max_new_tokens)
-    mask, logprobs = torch.zeros_like(tokens), torch.zeros(tokens.shape, device=tokens.device)
-    with (
-        torch.inference_mode(),
-        sharing(model),
-    ):  # saves time; not above: training goes on with features
+    position = next_position.repeat_interleave(group, 0)  # (N, 1)
+    logits = logits[:, -1].repeat_interleave(group, 0)  # (N, V)
+    tokens = position.new_zeros(len(logits), max_new_tokens)
+    mask = torch.zeros_like(tokens)
+    logprobs = torch.zeros(tokens.shape, device=tokens.device)
+    # Responses that have ended are dropped from the batch now and then: `rows` of the N are left.
+    rows = torch.arange(len(logits), device=logits.device)
+    alive = torch.ones_like(rows, dtype=torch.bool)  # (rows,), 1 = has not ended yet
+    # Inference mode takes less time per operation than no_grad. What is made in it can never take
+    # part in training, as the features will: they are made outside.
+    with torch.inference_mode(), sharing(model):
         for t in range(max_new_tokens):
             scores = allowed_logits(logits, banned, temperature or 1.0).log_softmax(-1)  # (rows, V)
-            new = choose_tokens(scores, temperature, generator)
-            picked = scores.gather(1, new[:, None])[:, 0].float()
-            tokens[rows, t], mask[rows, t], logprobs[rows, t] = (
-                new * alive,
-                alive.long(),
-                picked * alive,
-            )
+            new = choose_tokens(scores, temperature, generator)  # (rows,)
+            chosen = scores.gather(1, new[:, None])[:, 0].float()
+            tokens[rows, t] = new * alive
+            mask[rows, t] = alive.long()
+            logprobs[rows, t] = chosen * alive
             alive = alive & ~torch.isin(new, stop_ids)
-            left = int(alive.sum())
-            if t + 1 == max_new_tokens or not left:
+            going_on = int(alive.sum())
+            if going_on == 0 or t + 1 == max_new_tokens:
                 break
-            if left < 0.8 * len(rows):  # finished rows cost as much as others; dropping copies
+            # A response that has ended costs as much as one that goes on; but to drop it, the keys
+            # and values of those that go on are copied. So several are dropped at once.
+            if going_on < 0.8 * len(rows):
                 cache.keep_rows(alive)
-                rows, new, position, alive = (x[alive] for x in (rows, new, position, alive))
+                rows = rows[alive]
+                new = new[alive]
+                position = position[alive]
+                alive = alive[alive]
             out = model(
                 new[:, None],
                 None,
@@ -75,30 +89,96 @@ def rollout(
                 text_only=True,
                 cache=cache,
             )
-            logits, position = out.logits[:, -1], position + 1
+            logits = out.logits[:, -1]
+            position = position + 1
     length = int(mask.sum(1).max())
     return tokens[:, :length], mask[:, :length], logprobs[:, :length], features
 
 
-class TokenScores(torch.autograd.Function):
-    """logits (N, V), tokens (N,) -> log-probabilities and entropies (N,), in float32, a slice of rows at a time.
+def token_logprobs(model, prompts, features, tokens, mask, banned, temperature=1.0):
+    """Log-probabilities of sampled tokens and entropies of their distributions, with gradient.
 
-    The gradient is written over the logits: no second tensor of that size, the biggest of the step, is ever made.
+    One forward of the prompts and one of the responses. The distribution is that of `rollout`.
+    features: of the prompts' images, or None: encode them, with gradient.
+    tokens, mask (N, T) -> logprobs (N, T), entropy (N, T), both 0 where mask is 0. Every response
+    has a first token: mask[:, 0] is 1.
+    """
+    group = len(tokens) // len(prompts["input_ids"])
+    length = tokens.shape[1]
+    layers, prompt_logits, next_position = forward_prompts(model, prompts, features)
+    # The prompt's last token predicts the first token of all its responses.
+    first_logprobs, first_entropy = TokenScores.apply(
+        prompt_logits[:, -1].repeat_interleave(group, 0), tokens[:, 0], banned, temperature
+    )
+    # Each token of a response predicts the next, so that the last one need not be run. Where all
+    # responses are a single token, one is run nevertheless and predicts nothing: ranks must run
+    # equally many forwards, or they wait for each other for ever.
+    steps = max(1, length - 1)
+    next_tokens = nn.functional.pad(tokens, (0, 1))[:, 1 : steps + 1]  # (N, steps)
+    wanted = nn.functional.pad(mask, (0, 1))[:, 1 : steps + 1].bool()  # (N, steps), 1 = has a next
+    logits = forward_responses(
+        model, prompts, layers, next_position, tokens[:, :steps], mask[:, :steps], wanted
+    )
+    later_logprobs, later_entropy = TokenScores.apply(
+        logits, next_tokens[wanted], banned, temperature
+    )
+    logprobs = join_scores(first_logprobs, later_logprobs, wanted)
+    entropy = join_scores(first_entropy, later_entropy, wanted)
+    return logprobs[:, :length], entropy[:, :length]
+
+
+def forward_responses(model, prompts, layers, next_position, tokens, mask, wanted):
+    """Run response tokens (N, T) behind the keys and values of their prompts, with gradient.
+
+    layers, next_position: what `forward_prompts` returned; mask (N, T), 1 = token of a response;
+    wanted (N, T), 1 = its logits are wanted -> logits (wanted, V).
+    """
+    group = len(tokens) // len(next_position)
+    steps = torch.arange(tokens.shape[1], device=tokens.device)
+    positions = next_position.repeat_interleave(group, 0) + steps  # (N, T)
+    recomputes = getattr(model.model.language_model, "gradient_checkpointing", False)
+    copies = tokens.is_cuda or recomputes
+    cache = BranchCache(layers, group, prompts["attention_mask"], copies)
+    inputs = {
+        "position_ids": positions.expand(3, -1, -1),
+        "past_key_values": cache,
+        "text_only": True,
+        "logits_to_keep": wanted,
+    }
+    if copies:
+        prompt_mask = prompts["attention_mask"].repeat_interleave(group, 0)
+        attention_mask = torch.cat([prompt_mask, mask], 1)  # (N, L + T)
+        return model(tokens, attention_mask, **inputs).logits
+    with sharing(model):
+        return model(tokens, None, cache=cache, **inputs).logits
+
+
+def join_scores(first, later, wanted):
+    """Values of the first tokens (N,) and of the wanted later ones (wanted,) -> (N, 1 + steps)."""
+    rows = later.new_zeros(wanted.shape).masked_scatter(wanted, later)  # (N, steps)
+    return torch.cat([first[:, None], rows], 1)
+
+
+class TokenScores(torch.autograd.Function):
+    """logits (N, V), tokens (N,) -> log-probabilities (N,), entropies (N,), without gradient.
+
+    The distribution is that of `allowed_logits`, in float32. The logits are the biggest tensor of the
+    step, and no second one of that size is made: they are taken a slice of rows at a time, and the
+    backward pass writes their gradient over them. So nothing else may use these logits.
     """
 
     @staticmethod
     def forward(ctx, logits, tokens, banned, temperature):
-        logprobs, norm, entropy = torch.empty(
-            3, len(tokens), device=logits.device, dtype=float_of(logits)
-        ).unbind()
+        logprobs = torch.empty(len(tokens), device=logits.device, dtype=float_of(logits))
+        entropy = torch.empty_like(logprobs)
+        norm = torch.empty_like(logprobs)  # log of the sum of exp(score) over the vocabulary
         for part in slices(logits):
             scores = allowed_logits(logits[part], banned, temperature)
             norm[part] = scores.logsumexp(-1)
             logprobs[part] = scores.gather(1, tokens[part, None])[:, 0] - norm[part]
-            mean = (
-                (scores - norm[part, None]).exp() * scores.clamp_min(torch.finfo(scores.dtype).min)
-            ).sum(-1)
-            entropy[part] = norm[part] - mean  # 0 x -inf would be NaN, hence the clamp
+            probabilities = (scores - norm[part, None]).exp()
+            finite = scores.clamp_min(torch.finfo(scores.dtype).min)  # 0 x -inf would be NaN
+            entropy[part] = norm[part] - (probabilities * finite).sum(-1)
         ctx.save_for_backward(logits, tokens, banned, norm)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -107,90 +187,93 @@ class TokenScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope, _):
         logits, tokens, banned, norm = ctx.saved_tensors
-        for part in slices(logits):  # d log p(token) / d logit = (1 if token) - p
+        for part in slices(logits):
             scores = allowed_logits(logits[part], banned, ctx.temperature)
-            scores = scores.sub_(norm[part, None]).exp_().mul_(-slope[part, None])
-            logits[part] = scores.scatter_add_(1, tokens[part, None], slope[part, None]).div_(
-                ctx.temperature
-            )
+            # d log p(token) / d score = (1 for the token itself, else 0) - p
+            gradient = scores.sub_(norm[part, None]).exp_().mul_(-slope[part, None])
+            gradient.scatter_add_(1, tokens[part, None], slope[part, None])
+            logits[part] = gradient.div_(ctx.temperature)
         return logits, None, None, None
 
 
 def slices(logits):
-    """Rows of logits (N, V) in parts of 32 MB of float32."""
+    """Slices of the rows of logits (N, V), each of at most 32 MB in float32."""
     size = max(1, 2**23 // logits.shape[1])
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
-def token_logprobs(model, prompts, features, tokens, mask, banned, temperature=1.0):
-    """Log-probabilities (B*G, T) of sampled tokens and the entropy (B*G, T) of their distributions, with gradient.
+# ----------------------------------------------------------------------------------------------
+# prefill: each prompt once
 
-    The prompt is computed once, its keys and values branch to the G responses. Same distribution as in `rollout`.
-    0 where mask is 0.
+
+def forward_prompts(model, prompts, features):
+    """Run each prompt once, with gradient unless the caller says otherwise.
+
+    features: of the prompts' images, or None: encode them.
+    -> the layers of a PromptCache, logits (B, 1, V) of the last token, the next position (B, 1)
     """
-    group = len(tokens) // len(prompts["input_ids"])
-    layers, first, position = forward_prompts(model, prompts, features)
-    scores = TokenScores.apply(
-        first[:, -1].repeat_interleave(group, 0), tokens[:, 0], banned, temperature
+    layers = model.model.language_model.layers
+    for layer in layers:
+        # A layer that recomputes its activations in the backward pass ignores its cache unless this
+        # says that a second write does no harm. It does none to a PromptKV.
+        layer._can_checkpoint_with_cache = True
+    last_token_only(layers[-1])
+    cache = PromptCache(len(layers))
+    positions, next_position = model.positions(
+        prompts["input_ids"],
+        prompts["attention_mask"],
+        prompts["mm_token_type_ids"],
+        prompts["image_grid_thw"],
     )
-    steps = max(1, tokens.shape[1] - 1)  # never no pass: ranks must run as many, or they hang
-    here = nn.functional.pad(mask, (0, 1))[:, 1 : steps + 1].bool()  # (B*G, steps), 1 = wanted
-    position = position.repeat_interleave(group, 0) + torch.arange(steps, device=tokens.device)
-    copies = tokens.is_cuda or getattr(model.model.language_model, "gradient_checkpointing", False)
-    cache = BranchCache(layers, group, prompts["attention_mask"], copies)
-    seen = (
-        torch.cat([prompts["attention_mask"].repeat_interleave(group, 0), mask[:, :steps]], 1)
-        if copies
-        else None
+    images = {}
+    if features is None:
+        for name in ("pixel_values", "image_grid_thw", "points", "regions"):
+            images[name] = prompts[name]
+    out = model(
+        prompts["input_ids"],
+        prompts["attention_mask"],
+        positions,
+        past_key_values=cache,
+        features=features,
+        logits_to_keep=1,
+        **images,
     )
-    with contextlib.nullcontext() if copies else sharing(model):
-        logits = model(
-            tokens[:, :steps],
-            seen,
-            position.expand(3, -1, -1),
-            text_only=True,
-            logits_to_keep=here,
-            past_key_values=cache,
-            **({} if copies else {"cache": cache}),
-        ).logits
-    rest = TokenScores.apply(
-        logits, tokens[:, 1:][here[:, : tokens.shape[1] - 1]], banned, temperature
-    )
-    spread = (
-        one.new_zeros(here.shape).masked_scatter(here, one) for one in rest
-    )  # back to (B*G, steps)
-    return tuple(
-        torch.cat([one[:, None], more], 1)[:, : tokens.shape[1]]
-        for one, more in zip(scores, spread)
-    )
+    return cache.layers, out.logits, next_position
 
 
 class PromptKV(DynamicLayer):
-    """Remembers the prompt's keys and values. Writing twice is harmless: activation checkpointing may replay it."""
+    """Holds the prompts' keys and values (B, K, L, D) of a layer, with gradient.
 
-    before = None  # keys and values of the tokens in front of those to come
+    Each write replaces what was there: activation checkpointing writes once more, the same.
+    """
+
+    before = None  # keys and values of all tokens in front of those of the next write
 
     def update(self, keys, values, *args, **kwargs):
         if self.before:
-            keys, values = (torch.cat(pair, 2) for pair in zip(self.before, (keys, values)))
+            keys_before, values_before = self.before
+            keys = torch.cat([keys_before, keys], 2)
+            values = torch.cat([values_before, values], 2)
             self.before = None
-        self.keys, self.values, self.is_initialized = keys, values, True
+        self.keys = keys
+        self.values = values
+        self.is_initialized = True
         return keys, values
 
 
 class PromptCache(Cache):
-    """The caches of all layers for prompts, of which only the last token's output will be looked at."""
+    """The prompts' keys and values of all layers. It tells a LastTokenOnly to be one."""
 
     def __init__(self, layers):
         super().__init__(layers=[PromptKV() for _ in range(layers)])
 
 
 class LastTokenOnly:
-    """A decoder layer that, into a PromptCache, writes all keys and values and computes the last token only.
+    """A decoder layer that, where its cache is a PromptCache, is computed for the last token only.
 
-    (B, L, width), 0 for all other tokens. Mixed into the class of a model's last layer by `prepare`.
-
-    Saves four fifths of the layer, and its attention: in a model of three layers about a quarter of the prompt.
+    The responses need the keys and values of all prompt tokens; but the output of the last layer is
+    needed of the last token alone, for its logits. The others are 0. That saves four fifths of the
+    layer and nearly all of its attention: a quarter of the prefill in a model of three layers.
     """
 
     def forward(
@@ -211,277 +294,390 @@ class LastTokenOnly:
                 past_key_values,
                 **kwargs,
             )
-        attention, length = self.self_attn, hidden_states.shape[1]
-        rest = self.input_layernorm(hidden_states[:, :-1])
-        heads = (*rest.shape[:2], -1, attention.head_dim)
-        keys = attention.k_norm(attention.k_proj(rest).view(heads)).transpose(
-            1, 2
-        )  # (B, K, L - 1, D)
-        values = attention.v_proj(rest).view(heads).transpose(1, 2)
-        _, keys = apply_rotary_pos_emb(
-            keys[:, :0], keys, *(angle[:, :-1] for angle in position_embeddings)
-        )
-        past_key_values.layers[attention.layer_idx].before = keys, values
-        if attention_mask is not None and attention_mask.dim() == 4:  # else (B, L), flash-attn's
-            attention_mask = attention_mask[:, :, -1:]
+        # All tokens but the last: keys and values, as Qwen3VLTextAttention makes them.
+        attention = self.self_attn
+        others = self.input_layernorm(hidden_states[:, :-1])  # (B, L - 1, width)
+        heads = (*others.shape[:2], -1, attention.head_dim)
+        keys = attention.k_norm(attention.k_proj(others).view(heads)).transpose(1, 2)
+        values = attention.v_proj(others).view(heads).transpose(1, 2)  # (B, K, L - 1, D)
+        angles = [angle[:, :-1] for angle in position_embeddings]
+        no_queries = keys[:, :0]
+        _, keys = apply_rotary_pos_emb(no_queries, keys, *angles)  # (B, K, L - 1, D)
+        past_key_values.layers[attention.layer_idx].before = (keys, values)
+        # The last token: the whole layer.
+        if attention_mask is not None and attention_mask.dim() == 4:
+            attention_mask = attention_mask[:, :, -1:]  # by query and key; flash-attn's is (B, L)
+        if position_ids is not None:
+            position_ids = position_ids[..., -1:]
         last = super().forward(
             hidden_states[:, -1:],
             tuple(angle[:, -1:] for angle in position_embeddings),
             attention_mask,
-            None if position_ids is None else position_ids[..., -1:],
+            position_ids,
             past_key_values,
             **kwargs,
-        )
-        return torch.nn.functional.pad(last, (0, 0, length - 1, 0))
+        )  # (B, 1, width)
+        return nn.functional.pad(last, (0, 0, hidden_states.shape[1] - 1, 0))  # (B, L, width)
+
+
+def last_token_only(layer):
+    """Make a decoder layer a LastTokenOnly, in place.
+
+    It gets a subclass of its own class, as FSDP2 does it: parameters, their names and hooks stay, and
+    so do checkpoints and optimizers; only `forward` is another.
+    """
+    if not isinstance(layer, LastTokenOnly):
+        stock = type(layer)
+        layer.__class__ = type(f"LastTokenOnly{stock.__name__}", (LastTokenOnly, stock), {})
+
+
+def padding_scores(attention_mask, dtype):
+    """What is added to the scores of prompt tokens: -inf at padding, else 0 (B, L).
+
+    None where no prompt is padded.
+    """
+    if attention_mask.all():
+        return None
+    scores = torch.zeros_like(attention_mask, dtype=dtype)
+    return scores.masked_fill_(attention_mask == 0, -torch.inf)
+
+
+# ----------------------------------------------------------------------------------------------
+# training: whole responses behind their prompts, with gradient
+#
+# Here and in sampling, far scores are those of a response's queries with the keys of the prompt, and
+# near scores those with the keys of the response itself.
+
+
+class BranchCache(Cache):
+    """The caches of all layers for whole responses. attention_mask (B, L) of the prompts, 1 = token.
+
+    layers: of a PromptCache; copies: see BranchKV.
+    """
+
+    def __init__(self, layers, group, attention_mask, copies):
+        super().__init__(layers=[BranchKV(layer, group, copies) for layer in layers])
+        keys = layers[0].keys
+        padding = padding_scores(attention_mask, keys.dtype)  # (B, L)
+        if padding is not None:
+            padding = padding.repeat_interleave(keys.shape[1], 0)[:, None, None]  # (B K, 1, 1, L)
+        self.where = padding  # for `attend`
 
 
 class BranchKV(DynamicLayer):
-    """A prompt's keys and values (B, K, L, D), read-only for its G responses; gradients flow back into the prompt."""
+    """A layer's keys and values of the prompts (B, K, L, D), which G responses each attend to.
+
+    copies: whether stock attention is to see them, in front of those of each response. It is only
+    read, so that a layer may be run again. Gradients flow back into the prompts.
+    """
 
     def __init__(self, prompt, group, copies):
         super().__init__()
-        self.keys, self.values, self.is_initialized = prompt.keys, prompt.values, True
-        self.group, self.copies = group, copies
+        self.keys = prompt.keys
+        self.values = prompt.values
+        self.is_initialized = True
+        self.group = group
+        self.copies = copies
 
     def update(self, keys, values, *args, **kwargs):
         if not self.copies:
-            return keys, values  # `attend` finds the prompt's by itself
-        return tuple(
-            torch.cat([prompt[:, None].expand(-1, self.group, -1, -1, -1).flatten(0, 1), new], 2)
-            for prompt, new in ((self.keys, keys), (self.values, values))
-        )  # a layer at a time
+            return keys, values  # `attend` has the prompts' beside them
+        # Copies are made while a layer runs: with activation checkpointing only its own exist.
+        return self.behind_prompt(self.keys, keys), self.behind_prompt(self.values, values)
 
-    def attend(self, hidden, query, key, value, scaling):
-        """Attention of whole responses: query (N, H, T, D), key and value (N, K, T, D) -> (N, T, H, D)"""
-        prompts, kv, _, depth = self.keys.shape
-        count, heads, length, _ = query.shape
-        own = (
-            x.view(prompts, self.group, kv, -1, length, depth)
-            .transpose(1, 2)
-            .reshape(prompts * kv, self.group, -1, depth)
-            for x in (query * scaling, key, value)
-        )  # heads of the same keys
+    def behind_prompt(self, prompt, own):
+        """(B, K, L, D) and (N, K, T, D) -> (N, K, L + T, D)."""
+        copies = prompt[:, None].expand(-1, self.group, -1, -1, -1).flatten(0, 1)  # (N, K, L, D)
+        return torch.cat([copies, own], 2)
+
+    def attend(self, padding, query, key, value, scaling):
+        """query (N, H, T, D), key and value (N, K, T, D) -> (N, T, H, D).
+
+        padding (B K, 1, 1, L): added to the far scores, or None.
+        """
+        count, heads, length, head_dim = query.shape
+        prompts, kv_heads = self.keys.shape[:2]
         out = BranchAttention.apply(
-            *own, self.keys.flatten(0, 1), self.values.flatten(0, 1), hidden
+            self.by_prompt(query * scaling),
+            self.by_prompt(key),
+            self.by_prompt(value),
+            self.keys.flatten(0, 1),  # (B K, L, D)
+            self.values.flatten(0, 1),
+            padding,
         )
-        out = out.view(prompts, kv, self.group, heads // kv, length, depth)
-        return out.permute(0, 2, 4, 1, 3, 5).reshape(count, length, heads, depth)
+        out = out.view(prompts, kv_heads, self.group, heads // kv_heads, length, head_dim)
+        return out.permute(0, 2, 4, 1, 3, 5).reshape(count, length, heads, head_dim)
+
+    def by_prompt(self, states):
+        """(N, H, T, D) -> (B K, G, H/K T, D): the query heads of a key-value head one by one."""
+        prompts, kv_heads, _, head_dim = self.keys.shape
+        length = states.shape[2]
+        states = states.view(prompts, self.group, kv_heads, -1, length, head_dim)
+        return states.transpose(1, 2).reshape(prompts * kv_heads, self.group, -1, head_dim)
 
 
 class BranchAttention(torch.autograd.Function):
-    """softmax([far, near]) [values of the prompt, own values]; far: query . the prompt's keys, near: own keys, causal.
+    """softmax([far, near]) [values of the prompt, own values]; near scores are causal.
 
-    A piece at a time, whose scores stay in the processor's cache, and again in the backward pass: only their logsumexp
-    is kept. query (P, G, M, D) with P = B K and M = H/K T; key, value (P, G, T, D); the prompt's (P, L, D).
+    A key-value head of a prompt is a prompt of its own here: P = B K prompts, and for each response
+    M = H/K T queries, those of all tokens and of all query heads that share the key-value head.
+    query (P, G, M, D), scaled; key, value (P, G, T, D); prompt_key, prompt_value (P, L, D);
+    padding (P, 1, 1, L), added to the far scores, or None -> (P, G, M, D).
+
+    The scores are computed piece by piece, so that they stay in the processor's cache, and again in
+    the backward pass: only the log of their sum of exp is kept, as in flash attention.
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, prompt_key, prompt_value, hidden):
-        out, norm = torch.empty_like(query), query.new_empty(*query.shape[:-1], 1)
-        parts, (room,) = pieces(query, prompt_key, 1)
+    def forward(ctx, query, key, value, prompt_key, prompt_value, padding):
+        out = torch.empty_like(query)
+        norm = query.new_empty(*query.shape[:-1], 1)  # log of the sum of exp(score) of a query
         later = later_tokens(query, key)
-        for p, i in parts:
-            far, near = branch_scores(query[i], key[i], prompt_key[p], hidden, later, p, room)
-            top = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True))
-            far, near = far.sub_(top).exp_(), near.sub_(top).exp_()
-            mass = far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
-            out[i] = (through(far, prompt_value[p]) + near @ value[i]).div_(mass)
-            norm[i] = mass.log_().add_(top)
-        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, hidden, out, norm)
+        parts = pieces(query, prompt_key)
+        (buffer,) = score_buffers(parts, query, prompt_key, 1)
+        for prompts, responses in parts:
+            far, near = branch_scores(
+                query, key, prompt_key, padding, later, prompts, responses, buffer
+            )
+            highest = torch.maximum(far.amax(-1, keepdim=True), near.amax(-1, keepdim=True))
+            far.sub_(highest).exp_()
+            near.sub_(highest).exp_()
+            total = far.sum(-1, keepdim=True) + near.sum(-1, keepdim=True)
+            weighted = times_prompt(far, prompt_value[prompts]) + near @ value[responses]
+            out[responses] = weighted.div_(total)
+            norm[responses] = total.log_().add_(highest)
+        ctx.save_for_backward(query, key, value, prompt_key, prompt_value, padding, out, norm)
         return out
 
     @staticmethod
     def backward(ctx, slope):
-        query, key, value, prompt_key, prompt_value, hidden, out, norm = ctx.saved_tensors
-        d_query, d_key, d_value = (torch.empty_like(x) for x in (query, key, value))
-        d_keys, d_values = (
-            torch.zeros_like(x.mT) for x in (prompt_key, prompt_value)
-        )  # (P, D, L), faster so
-        parts, (room, more) = pieces(query, prompt_key, 2)
+        query, key, value, prompt_key, prompt_value, padding, out, norm = ctx.saved_tensors
+        d_query = torch.empty_like(query)
+        d_key = torch.empty_like(key)
+        d_value = torch.empty_like(value)
+        d_prompt_key = torch.zeros_like(prompt_key.mT)  # (P, D, L): products are faster this way
+        d_prompt_value = torch.zeros_like(prompt_value.mT)
         later = later_tokens(query, key)
-        for p, i in parts:
-            far, near = branch_scores(query[i], key[i], prompt_key[p], hidden, later, p, room)
-            far, near = far.sub_(norm[i]).exp_(), near.sub_(norm[i]).exp_()  # weights
-            d_values[p] += slope[i].flatten(1, 2).mT @ far.flatten(1, 2)
-            d_value[i] = near.mT @ slope[i]
-            mean = (slope[i] * out[i]).sum(-1, keepdim=True)
-            far = (
-                through(slope[i], prompt_value[p].mT, more).sub_(mean).mul_(far)
-            )  # gradients of the scores
-            near = (slope[i] @ value[i].mT).sub_(mean).mul_(near)
-            d_query[i] = through(far, prompt_key[p]) + near @ key[i]
-            d_keys[p] += query[i].flatten(1, 2).mT @ far.flatten(1, 2)
-            d_key[i] = near.mT @ query[i]
-        return d_query, d_key, d_value, d_keys.mT, d_values.mT, None
+        parts = pieces(query, prompt_key)
+        buffer, second_buffer = score_buffers(parts, query, prompt_key, 2)
+        for prompts, responses in parts:
+            far, near = branch_scores(
+                query, key, prompt_key, padding, later, prompts, responses, buffer
+            )
+            far.sub_(norm[responses]).exp_()  # from here on: weights
+            near.sub_(norm[responses]).exp_()
+            d_prompt_value[prompts] += for_prompt(slope[responses], far)
+            d_value[responses] = near.mT @ slope[responses]
+            # d score = weight (d weight - the mean of d weight), by the slope of a softmax
+            mean = (slope[responses] * out[responses]).sum(-1, keepdim=True)
+            d_far = times_prompt(slope[responses], prompt_value[prompts].mT, second_buffer)
+            d_far.sub_(mean).mul_(far)
+            d_near = (slope[responses] @ value[responses].mT).sub_(mean).mul_(near)
+            d_query[responses] = times_prompt(d_far, prompt_key[prompts]) + d_near @ key[responses]
+            d_prompt_key[prompts] += for_prompt(query[responses], d_far)
+            d_key[responses] = d_near.mT @ query[responses]
+        return d_query, d_key, d_value, d_prompt_key.mT, d_prompt_value.mT, None
 
 
-def pieces(query, prompt_key, rooms, scores=2**19):
-    """-> [(slice of P, slices of P and G), ..] of about so many scores each, few enough for a cache and many enough for
-    a product; and this many rooms for the scores: memory that is new each time would take longer than the product."""
-    one = query.shape[2] * prompt_key.shape[1]  # of a response
-    group = min(max(1, scores // one), query.shape[1])
-    prompts = min(max(1, scores // (one * query.shape[1])), len(query))
-    parts = [
-        (slice(p, p + prompts), (slice(p, p + prompts), slice(g, g + group)))
-        for p in range(0, len(query), prompts)
-        for g in range(0, query.shape[1], group)
-    ]
-    return parts, query.new_empty(rooms, prompts * group * one)
+def pieces(query, prompt_key, scores=2**19):
+    """The work of BranchAttention in pieces of at most about so many far scores.
+
+    So few stay in the processor's cache; so many still make a fast product. A piece is some
+    responses to one prompt, or all responses to some prompts.
+    -> [(prompts, responses), ...]: prompts indexes tensors (P, ...), responses tensors (P, G, ...).
+    """
+    prompts, group = query.shape[:2]
+    per_response = query.shape[2] * prompt_key.shape[1]  # M L
+    prompts_at_once = min(max(1, scores // (per_response * group)), prompts)
+    responses_at_once = min(max(1, scores // per_response), group)
+    parts = []
+    for first_prompt in range(0, prompts, prompts_at_once):
+        some_prompts = slice(first_prompt, first_prompt + prompts_at_once)
+        for first_response in range(0, group, responses_at_once):
+            some_responses = slice(first_response, first_response + responses_at_once)
+            parts.append((some_prompts, (some_prompts, some_responses)))
+    return parts
 
 
-def through(x, matrix, room=None):
-    """x (P, G, M, .) @ matrix (P, ., .): one product for all responses to a prompt, written into `room`."""
-    shape = len(x), x.shape[1] * x.shape[2], matrix.shape[-1]
-    out = None if room is None else room[: math.prod(shape)].view(shape)
-    return torch.bmm(x.flatten(1, 2), matrix, out=out).view(*x.shape[:-1], -1)
+def score_buffers(parts, query, prompt_key, count):
+    """Memory for the far scores of a piece, `count` times; every piece writes over the one before.
+
+    New memory for each piece would take longer than the product that fills it.
+    """
+    _, responses = parts[0]  # no piece is larger than the first
+    queries = query[responses][..., 0].numel()
+    return query.new_empty(count, queries * prompt_key.shape[1])
 
 
-def branch_scores(query, key, prompt_key, hidden, later, p, room):
-    """Scores of some responses: far (P, G, M, L), in `room`, and near (P, G, M, T)."""
-    far, near = through(query, prompt_key.mT, room), query @ key.mT
-    if hidden is not None:
-        far += hidden[p]
+def branch_scores(query, key, prompt_key, padding, later, prompts, responses, buffer):
+    """The scores of a piece: far (P, G, M, L), written into `buffer`, and near (P, G, M, T).
+
+    -inf at keys that a query must not attend to.
+    """
+    far = times_prompt(query[responses], prompt_key[prompts].mT, buffer)
+    near = query[responses] @ key[responses].mT
+    if padding is not None:
+        far += padding[prompts]
     return far, near.masked_fill_(later, -torch.inf)
 
 
 def later_tokens(query, key):
-    """(M, T) of the queries' heads and tokens: which keys of a response are behind the query's own token."""
-    later = torch.ones(key.shape[2], key.shape[2], dtype=torch.bool, device=key.device).triu_(1)
-    return later.repeat(query.shape[2] // len(later), 1)
+    """(M, T), 1 = the key's token comes after the query's; M: heads times tokens."""
+    length = key.shape[2]
+    later = torch.ones(length, length, dtype=torch.bool, device=key.device).triu_(1)
+    return later.repeat(query.shape[2] // length, 1)
 
 
-class DecodeKV(DynamicLayer):
-    """A prompt's keys and values (B, K, L, D), and each response's own (B, K, width, room, D), written in place.
+def times_prompt(states, matrix, buffer=None):
+    """states (P, G, M, X) times the matrix (P, X, Y) of their prompt -> (P, G, M, Y).
 
-    width: the most responses that a prompt still has; the others of a prompt are holes, computed and not looked at.
+    One product per prompt, for all its responses together; written into `buffer` if there is one.
     """
-
-    def __init__(self, prompt, group, room):
-        super().__init__()
-        self.prompt = [
-            prompt.keys.contiguous(),
-            prompt.values.contiguous(),
-        ]  # else products copy them,
-        prompt.keys, prompt.values = self.prompt  # each token anew; held only once
-        self.keys, self.values, self.is_initialized, self.length = (
-            *self.prompt,
-            True,
-            0,
-        )  # for the cache's own eyes
-        prompts, kv, _, depth = prompt.keys.shape
-        self.own = [prompt.keys.new_zeros(prompts, kv, group, room, depth) for _ in range(2)]
-
-    def update(self, keys, values, *args, **kwargs):
-        return keys, values  # one token (rows, K, 1, D): attend takes it from here
-
-    def attend(self, where, query, key, value, scaling):
-        """Attention of one token a response: query (rows, H, 1, D), key and value (rows, K, 1, D) -> (rows, 1, H, D)"""
-        rows, heads, _, depth = query.shape
-        prompts, kv, length, _ = self.prompt[0].shape
-        for own, new in zip(self.own, (key, value)):
-            own[..., self.length, :] = where.spread(new[:, :, 0])
-        self.length += 1
-        wide = where.spread(
-            (query * scaling).view(rows, kv, heads // kv, depth)
-        )  # (B, K, width, H/K, D)
-        keys, values = (own[..., : self.length, :] for own in self.own)
-        far = (wide.flatten(2, 3) @ self.prompt[0].mT).view(
-            *wide.shape[:4], length
-        )  # (B, K, width, H/K, L)
-        if where.hidden is not None:
-            far = far + where.hidden
-        exact = torch.promote_types(query.dtype, torch.float32)
-        weights = torch.cat([far, wide @ keys.mT], -1).softmax(-1, exact).to(query.dtype)
-        out = (weights[..., :length].flatten(2, 3) @ self.prompt[1]).view_as(wide) + weights[
-            ..., length:
-        ] @ values
-        return where.collect(out).reshape(rows, 1, heads, depth)
-
-    def keep(self, prompts, old, new):
-        """Keep these prompts, and move their responses from the places old (prompt, slot) to the places `new`."""
-        if len(prompts) < len(self.prompt[0]):
-            self.prompt = [x[prompts] for x in self.prompt]
-        self.own = [new.spread(own[old[0], :, old[1]]).contiguous() for own in self.own]
+    rows = states.flatten(1, 2)  # (P, G M, X)
+    out = None
+    if buffer is not None:
+        shape = (*rows.shape[:2], matrix.shape[-1])
+        out = buffer[: math.prod(shape)].view(shape)
+    return torch.bmm(rows, matrix, out=out).view(*states.shape[:-1], -1)
 
 
-class Places:
-    """Where each response, a row of the batch, stands in a DecodeKV: its prompt (rows,), ascending, and its slot there.
-
-    hidden: (B, 1, 1, 1, L), -inf at the padding of the prompts, or None.
-    """
-
-    def __init__(self, prompt, hidden):
-        count = torch.bincount(prompt)
-        self.prompt, self.hidden, self.shape = (
-            prompt,
-            hidden,
-            (len(count), int(count.max())),
-        )  # B, width
-        self.slot = (
-            torch.arange(len(prompt), device=prompt.device) - (count.cumsum(0) - count)[prompt]
-        )
-        self.holes = len(prompt) < math.prod(
-            self.shape
-        )  # without any no index is needed, only another view
-
-    def spread(self, x):
-        """Rows (rows, K, ..) -> at their places (B, K, width, ..), 0 in the holes."""
-        if not self.holes:
-            return x.unflatten(0, self.shape).transpose(1, 2)
-        wide = x.new_zeros(self.shape[0], x.shape[1], self.shape[1], *x.shape[2:])
-        wide[self.prompt, :, self.slot] = x
-        return wide
-
-    def collect(self, x):
-        """The way back, to the rows."""
-        return x[self.prompt, :, self.slot] if self.holes else x.transpose(1, 2).flatten(0, 1)
+def for_prompt(states, scores):
+    """states (P, G, M, D), scores (P, G, M, L) -> (P, D, L), summed over all queries to a prompt."""
+    return states.flatten(1, 2).mT @ scores.flatten(1, 2)
 
 
-class BranchCache(Cache):
-    """The caches of all layers for whole responses. `attention_mask` (B, L): of the prompts."""
-
-    def __init__(self, layers, group, attention_mask, copies):
-        super().__init__(layers=[BranchKV(layer, group, copies) for layer in layers])
-        hidden = hide_padding(attention_mask, layers[0].keys.dtype)
-        self.where = (
-            hidden
-            if hidden is None
-            else hidden.repeat_interleave(layers[0].keys.shape[1], 0)[:, None, None]
-        )
+# ----------------------------------------------------------------------------------------------
+# sampling: one token of each response at a time, without gradient
 
 
 class DecodeCache(Cache):
-    """The caches of all layers while responses are sampled. `attention_mask` (B, L): of the prompts."""
+    """The caches of all layers while responses are sampled, and where the rows stand in them.
 
-    def __init__(self, layers, group, room, attention_mask):
-        super().__init__(layers=[DecodeKV(layer, group, room) for layer in layers])
-        hidden = hide_padding(attention_mask, layers[0].keys.dtype)
-        prompt = torch.arange(len(attention_mask), device=attention_mask.device).repeat_interleave(
-            group
-        )
-        self.where = Places(prompt, hidden if hidden is None else hidden[:, None, None, None])
+    layers: of a PromptCache; attention_mask (B, L) of the prompts, 1 = token.
+    """
+
+    def __init__(self, layers, group, max_new_tokens, attention_mask):
+        super().__init__(layers=[DecodeKV(layer, group, max_new_tokens) for layer in layers])
+        padding = padding_scores(attention_mask, layers[0].keys.dtype)  # (B, L)
+        if padding is not None:
+            padding = padding[:, None, None, None]  # (B, 1, 1, 1, L)
+        prompts = torch.arange(len(attention_mask), device=attention_mask.device)
+        self.where = Places(prompts.repeat_interleave(group), padding)  # for `attend`
 
     def keep_rows(self, alive):
-        """Drop responses that have ended; alive (rows,), 1 = goes on."""
-        old, hidden = (self.where.prompt[alive], self.where.slot[alive]), self.where.hidden
-        prompts, number = old[0].unique(return_inverse=True)
-        self.where = Places(number, hidden if hidden is None else hidden[prompts])
+        """Drop the responses that have ended; alive (rows,), 1 = goes on."""
+        prompt = self.where.prompt[alive]
+        slot = self.where.slot[alive]
+        prompts_left, new_prompt = prompt.unique(return_inverse=True)
+        padding = self.where.padding
+        if padding is not None:
+            padding = padding[prompts_left]
+        self.where = Places(new_prompt, padding)
         for layer in self.layers:
-            layer.keep(prompts, old, self.where)
+            layer.keep_rows(prompts_left, prompt, slot, self.where)
 
 
-def hide_padding(attention_mask, dtype):
-    """-> (B, L), -inf at the padding of the prompts, else 0; None if there is none."""
-    if attention_mask.all():
-        return None
-    return torch.zeros_like(attention_mask, dtype=dtype).masked_fill_(
-        attention_mask == 0, -torch.inf
-    )
+class DecodeKV(DynamicLayer):
+    """A layer's keys and values: of the prompts, and of each response's own tokens up to now.
+
+    prompt: [keys, values], each (B, K, L, D). own: [keys, values], each (B, K, width, tokens, D),
+    with a slot for each of the `width` responses of a prompt (`Places`) and memory for all tokens
+    from the start, which is filled token by token.
+    """
+
+    def __init__(self, prompt, group, max_new_tokens):
+        super().__init__()
+        # As the layers leave them they are not contiguous, and every product, at each token, would
+        # copy them. PromptKV gets the contiguous ones, too, so that there are not two.
+        self.prompt = [prompt.keys.contiguous(), prompt.values.contiguous()]
+        prompt.keys, prompt.values = self.prompt
+        self.keys, self.values = self.prompt  # where methods of transformers look for them
+        self.is_initialized = True
+        self.length = 0  # tokens of a response up to now
+        prompts, kv_heads, _, head_dim = prompt.keys.shape
+        shape = (prompts, kv_heads, group, max_new_tokens, head_dim)
+        self.own = [prompt.keys.new_zeros(shape) for _ in range(2)]
+
+    def update(self, keys, values, *args, **kwargs):
+        return keys, values  # of one token (rows, K, 1, D); `attend` stores them
+
+    def attend(self, places, query, key, value, scaling):
+        """One token: query (rows, H, 1, D), key and value (rows, K, 1, D) -> (rows, 1, H, D)."""
+        rows, heads, _, head_dim = query.shape
+        prompt_keys, prompt_values = self.prompt
+        kv_heads, prompt_length = prompt_keys.shape[1:3]
+        own_keys, own_values = self.own
+        own_keys[..., self.length, :] = places.to_slots(key[:, :, 0])
+        own_values[..., self.length, :] = places.to_slots(value[:, :, 0])
+        self.length += 1
+        own_keys = own_keys[..., : self.length, :]  # (B, K, width, t, D), t = self.length
+        own_values = own_values[..., : self.length, :]
+
+        by_kv_head = (query * scaling).view(rows, kv_heads, heads // kv_heads, head_dim)
+        queries = places.to_slots(by_kv_head)  # (B, K, width, H/K, D)
+        far = queries.flatten(2, 3) @ prompt_keys.mT  # (B, K, width H/K, L)
+        far = far.view(*queries.shape[:4], prompt_length)  # (B, K, width, H/K, L)
+        if places.padding is not None:
+            far = far + places.padding
+        scores = torch.cat([far, queries @ own_keys.mT], -1)  # (B, K, width, H/K, L + t)
+        at_least_float32 = torch.promote_types(query.dtype, torch.float32)
+        weights = scores.softmax(-1, at_least_float32).to(query.dtype)
+        far = weights[..., :prompt_length].flatten(2, 3)  # (B, K, width H/K, L)
+        near = weights[..., prompt_length:]  # (B, K, width, H/K, t)
+        out = (far @ prompt_values).view_as(queries) + near @ own_values
+        return places.to_rows(out).reshape(rows, 1, heads, head_dim)
+
+    def keep_rows(self, prompts_left, prompt, slot, places):
+        """Keep these prompts, and move the responses that stand at (prompt, slot) to `places`."""
+        if len(prompts_left) < len(self.prompt[0]):
+            self.prompt = [states[prompts_left] for states in self.prompt]
+        self.own = [places.to_slots(states[prompt, :, slot]).contiguous() for states in self.own]
+
+
+class Places:
+    """Where the rows of a batch, one per response, stand in the tensors of a DecodeKV.
+
+    These have `width` slots per prompt, as many as the prompt with most responses needs. The
+    responses to a prompt fill its slots from the front; where it has fewer, the last slots are empty:
+    they are computed as well, from zeros, and no row reads them.
+
+    prompt (rows,): of each row, ascending; slot (rows,): of each row; padding (B, 1, 1, 1, L): added
+    to the far scores, or None.
+    """
+
+    def __init__(self, prompt, padding):
+        self.prompt = prompt
+        self.padding = padding
+        responses = torch.bincount(prompt)  # (B,), of each prompt
+        first_row = responses.cumsum(0) - responses  # (B,), of each prompt
+        self.slot = torch.arange(len(prompt), device=prompt.device) - first_row[prompt]
+        self.shape = (len(responses), int(responses.max()))  # B, width
+        self.full = len(prompt) == math.prod(self.shape)  # no slot is empty: a view will do
+
+    def to_slots(self, states):
+        """states of rows (rows, K, ...) -> (B, K, width, ...), 0 in empty slots."""
+        if self.full:
+            return states.unflatten(0, self.shape).transpose(1, 2)
+        prompts, width = self.shape
+        slots = states.new_zeros(prompts, states.shape[1], width, *states.shape[2:])
+        slots[self.prompt, :, self.slot] = states
+        return slots
+
+    def to_rows(self, slots):
+        """The way back: (B, K, width, ...) -> (rows, K, ...)."""
+        if self.full:
+            return slots.transpose(1, 2).flatten(0, 1)
+        return slots[self.prompt, :, self.slot]
+
+
+# ----------------------------------------------------------------------------------------------
+# how the model comes to attend this way
 
 
 def shared_attention(module, query, key, value, attention_mask, scaling, cache, **kwargs):
-    """What transformers calls for each layer inside `sharing`."""
-    return cache.layers[module.layer_idx].attend(cache.where, query, key, value, scaling), None
+    """What the layers call inside `sharing`, as an attention function of transformers."""
+    layer = cache.layers[module.layer_idx]
+    return layer.attend(cache.where, query, key, value, scaling), None
 
 
 AttentionInterface.register("shared_prompt", shared_attention)
@@ -489,42 +685,14 @@ AttentionInterface.register("shared_prompt", shared_attention)
 
 @contextlib.contextmanager
 def sharing(model):
-    """Inside, the language model attends through a BranchCache or DecodeCache, passed to its forward as `cache`."""
+    """Inside, the language model attends through the `cache` that its forward is given.
+
+    That is a BranchCache without copies or a DecodeCache, given also as past_key_values.
+    """
     config = model.model.language_model.config
-    before, config._attn_implementation = config._attn_implementation, "shared_prompt"
+    before = config._attn_implementation
+    config._attn_implementation = "shared_prompt"
     try:
         yield
     finally:
         config._attn_implementation = before
-
-
-def forward_prompts(model, prompts, features):
-    """Prompts once -> (keys and values per layer, logits (B, 1, V) after the last token, next positions (B, 1))."""
-    layers = model.model.language_model.layers
-    for layer in layers:  # else checkpointing layers silently drop the cache
-        layer._can_checkpoint_with_cache = True
-    if not isinstance(layers[-1], LastTokenOnly):
-        stock = type(layers[-1])
-        layers[-1].__class__ = type(f"LastTokenOnly{stock.__name__}", (LastTokenOnly, stock), {})
-    cache = PromptCache(len(layers))
-    positions, after = model.positions(
-        prompts["input_ids"],
-        prompts["attention_mask"],
-        prompts["mm_token_type_ids"],
-        prompts["image_grid_thw"],
-    )
-    images = (
-        {}
-        if features
-        else {k: prompts[k] for k in ("pixel_values", "image_grid_thw", "points", "regions")}
-    )
-    out = model(
-        prompts["input_ids"],
-        prompts["attention_mask"],
-        positions,
-        past_key_values=cache,
-        features=features,
-        logits_to_keep=1,
-        **images,
-    )
-    return cache.layers, out.logits, after

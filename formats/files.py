@@ -1,6 +1,9 @@
-"""Files of instances: a JSON list, JSON lines or parquet, of any length; and the check of a file before it is used.
+"""Files of instances, of any length: a JSON list, JSON lines or parquet.
 
-Rows are read when they are used: a file of a million rows costs an index of their places, not memory.
+    rows = Rows("rl.json")     len(rows), rows[i], for row in rows
+
+Rows are read when they are used: a file of a million rows costs an index of where they stand, not
+memory. What a row holds is told in formats/instances.py.
 """
 
 import json
@@ -15,53 +18,173 @@ import numpy as np
 from formats.errors import BadRow
 from formats.instances import check_row
 
-# The text up to the next brace outside of strings. Possessive: the time is linear, also on text that is no JSON.
+# Fields whose keys differ by row: some parquet files hold them as JSON text.
+JSON_FIELDS = ("conversations", "3d_pos", "bbox", "mask_idx")
+
+
+class Rows:
+    """The rows of a file: len, [i], iteration. A row is read on use and checked on its first use.
+
+    skip_bad_rows: bad rows are counted and listed, iteration leaves them out, and [i] gives the
+    next good row instead. Without it, using a bad row raises BadRow.
+    A parquet file is read in its row groups: to be shuffled fast it needs small ones (100 rows with
+    pictures).
+    """
+
+    def __init__(self, path, skip_bad_rows=False):
+        if not os.path.isfile(path):
+            raise BadRow(
+                f"{path}: no such file (give a JSON list, JSON lines or parquet of instances)"
+            )
+        self.path = path
+        self.skip_bad_rows = skip_bad_rows
+        self.is_parquet = path.endswith(".parquet")
+        if self.is_parquet:
+            self.group_ends = index_parquet(path)
+            self.length = int(self.group_ends[-1]) if len(self.group_ends) else 0
+        else:
+            self.spans = index_json(path)
+            self.length = len(self.spans)
+        if not self.length:
+            raise BadRow(f"{path}: needs a list of rows, each a JSON object")
+        self.checked = bytearray(self.length)  # 1 = the row is checked and good
+        self.problems = {}  # row: what is wrong with it
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, i):
+        for k in range(len(self)):
+            row = self.usable((i + k) % len(self))
+            if row is not None:
+                return row
+        raise BadRow(f"{self.path}: no usable row")
+
+    def __iter__(self):
+        for i in range(len(self)):
+            row = self.usable(i)
+            if row is not None:
+                yield row
+
+    def usable(self, i):
+        """Row i, checked; None if it is bad and to be skipped."""
+        if i in self.problems:
+            return None
+        try:
+            row = self.read(i)
+            if not self.checked[i]:
+                check_row(row)
+                self.checked[i] = 1
+            return row
+        except BadRow as error:
+            if not self.skip_bad_rows:
+                raise BadRow(f"{error} (--skip_bad_rows leaves such rows out)") from None
+            self.problems[i] = str(error)
+            count = len(self.problems)
+            if count <= 20 or count % 1000 == 0:
+                print(f"skipped, {count} of {len(self):,} so far: {error}", flush=True)
+            return None
+
+    def read(self, i):
+        """Row i as it is in the file, with its "source" and the "folder" of its files."""
+        source = f"{self.path}: row {i}"
+        try:
+            row = self.read_parquet(i) if self.is_parquet else self.read_json(i)
+        except (ValueError, OSError, RecursionError) as error:
+            raise BadRow(f"{source}: not readable ({str(error).splitlines()[0]})") from None
+        if not isinstance(row, dict):
+            raise BadRow(f"{source}: needs a list of rows, each a JSON object")
+        return {**row, "source": source, "folder": os.path.dirname(os.path.abspath(self.path))}
+
+    def read_json(self, i):
+        start, end = map(int, self.spans[i])
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            return json.loads(file.read(end - start))
+
+    def read_parquet(self, i):
+        group = int(np.searchsorted(self.group_ends, i, side="right"))
+        start = int(self.group_ends[group - 1]) if group else 0
+        table = row_group(self.path, group).slice(i - start, 1)
+        row = without_nulls(table.to_pylist()[0])
+        for field in JSON_FIELDS:
+            if isinstance(row.get(field), str):
+                row[field] = json.loads(row[field])
+        return row
+
+
+# ----------------------------------------------------------------------------------------------
+# JSON: where the rows stand
+
+# The text up to the next brace that is not inside a string. The quantifiers are possessive, they
+# never give back what they took: the time is linear, also on text that is no JSON.
 BRACE = re.compile(rb'(?:[^{}"]++|"(?:[^"\\]++|\\.)*+")*+[{}]', re.DOTALL)
-JSON_FIELDS = (
-    "conversations",
-    "3d_pos",
-    "bbox",
-    "mask_idx",
-)  # JSON text in some parquet files: keys differ by row
 
 
 def index_json(path):
-    """The places of the rows of a JSON list or of JSON lines: (rows, 2), first byte and end. One pass, keeps no row."""
-    spans = array("q")
+    """Where the rows of a JSON list or of JSON lines stand: (rows, 2), first byte and end of each.
+
+    It takes one pass over the file, which is mapped: no row is kept in memory.
+    """
     with open(path, "rb") as file:
         if not file.read(1):
             raise BadRow(f"{path}: empty, needs a list of rows, each a JSON object")
         text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    place = text.find(b"[") + 1
-    if text[:place].lstrip(b"\xef\xbb\xbf \t\r\n") != b"[":  # JSON lines
-        place = 0
-        for line in iter(text.readline, b""):
-            if not line.isspace():
-                spans.extend((place, place + len(line)))
-            place += len(line)
-        return np.array(spans).reshape(-1, 2)
-    end, depth = place, 0
+    start = text.find(b"[") + 1
+    is_list = text[:start].lstrip(b"\xef\xbb\xbf \t\r\n") == b"["  # after a byte order mark
+    spans = spans_of_list(path, text, start) if is_list else spans_of_lines(text)
+    return np.array(spans).reshape(-1, 2)
+
+
+def spans_of_lines(text):
+    """JSON lines -> first byte and end of each line that is not blank, one after the other."""
+    spans = array("q")
+    start = 0
+    for line in iter(text.readline, b""):
+        end = start + len(line)
+        if not line.isspace():
+            spans.extend((start, end))
+        start = end
+    return spans
+
+
+def spans_of_list(path, text, start):
+    """A JSON list -> first byte and end of each of its objects, one after the other.
+
+    start: the place after the list's opening bracket. Looked at are braces, what stands between the
+    objects, and the closing bracket; an object itself is parsed when its row is read.
+    """
+    spans = array("q")
+    place = start
+    end = start  # of the last object that is complete
+    depth = 0  # of nested braces
     while brace := BRACE.match(text, place):
         place = brace.end()
         if text[place - 1] == ord("{"):
-            if depth == 0 and text[end : place - 1].strip() != (b"," if spans else b""):
-                break  # something between the rows
             if depth == 0:
                 start = place - 1
+                if text[end:start].strip() != (b"," if spans else b""):
+                    break  # not just a comma stands before this object
             depth += 1
         else:
             depth -= 1
             if depth == 0:
-                spans.extend((start, end := place))
+                end = place
+                spans.extend((start, end))
     if not spans or depth or text[end:].strip() != b"]":
         raise BadRow(
             f"{path}: needs a list of rows, each a JSON object; it is not after byte {end}, "
             f"row {len(spans) // 2}"
         )
-    return np.array(spans).reshape(-1, 2)
+    return spans
+
+
+# ----------------------------------------------------------------------------------------------
+# parquet
 
 
 def open_parquet(path):
+    """The ParquetFile of a path; BadRow without pyarrow, or if the file is not parquet."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
@@ -72,92 +195,22 @@ def open_parquet(path):
         raise BadRow(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
 
 
+def index_parquet(path):
+    """The number of rows up to the end of each row group, (groups,)."""
+    metadata = open_parquet(path).metadata
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    return np.cumsum(rows)
+
+
 @lru_cache(maxsize=4)
 def row_group(path, group):
     return open_parquet(path).read_row_group(group)
 
 
 def without_nulls(value):
-    """Parquet writes null for a field that a row does not have."""
+    """The value without fields that are null: parquet writes null for a field that a row lacks."""
     if isinstance(value, dict):
         return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    return [without_nulls(part) for part in value] if isinstance(value, list) else value
-
-
-class Rows:
-    """The rows of a file: len, [i], iteration. A row is read on use and checked on its first use.
-
-    skip_bad_rows: bad rows are counted and listed, iteration leaves them out, and [i] gives the next good row instead.
-    A parquet file is read in its row groups: to be shuffled fast it needs small ones (100 rows with pictures).
-    """
-
-    def __init__(self, path, skip_bad_rows=False):
-        if not os.path.isfile(path):
-            raise BadRow(
-                f"{path}: no such file (give a JSON list, JSON lines or parquet of instances)"
-            )
-        self.path, self.skip, self.parquet = path, skip_bad_rows, path.endswith(".parquet")
-        if self.parquet:
-            groups = open_parquet(path).metadata
-            self.index = np.cumsum(
-                [groups.row_group(g).num_rows for g in range(groups.num_row_groups)]
-            )
-        else:
-            self.index = index_json(path)
-        self.length = int(self.index[-1]) if self.parquet and len(self.index) else len(self.index)
-        if not self.length:
-            raise BadRow(f"{path}: needs a list of rows, each a JSON object")
-        self.good, self.bad = bytearray(self.length), {}  # 1 = checked; {row: why not}
-
-    def __len__(self):
-        return self.length
-
-    def read(self, i):
-        """Row i as it is in the file, with its "source" and the "folder" of its files."""
-        source = f"{self.path}: row {i}"
-        try:
-            if self.parquet:
-                group = int(np.searchsorted(self.index, i, side="right"))
-                first = int(self.index[group - 1]) if group else 0
-                row = without_nulls(row_group(self.path, group).slice(i - first, 1).to_pylist()[0])
-                row |= {
-                    key: json.loads(row[key])
-                    for key in JSON_FIELDS
-                    if isinstance(row.get(key), str)
-                }
-            else:
-                start, end = map(int, self.index[i])
-                with open(self.path, "rb") as file:
-                    file.seek(start)
-                    row = json.loads(file.read(end - start))
-        except (ValueError, OSError, RecursionError) as error:
-            raise BadRow(f"{source}: not readable ({str(error).splitlines()[0]})") from None
-        if not isinstance(row, dict):
-            raise BadRow(f"{source}: needs a list of rows, each a JSON object")
-        return {**row, "source": source, "folder": os.path.dirname(os.path.abspath(self.path))}
-
-    def usable(self, i):
-        """Row i, or None if it is bad and to be skipped."""
-        if i in self.bad:
-            return None
-        try:
-            row = self.read(i)
-            if not self.good[i]:
-                check_row(row)
-                self.good[i] = 1
-            return row
-        except BadRow as error:
-            if not self.skip:
-                raise BadRow(f"{error} (--skip_bad_rows leaves such rows out)") from None
-            self.bad[i] = str(error)
-            if len(self.bad) <= 20 or len(self.bad) % 1000 == 0:
-                print(f"skipped, {len(self.bad)} of {len(self):,} so far: {error}", flush=True)
-
-    def __getitem__(self, i):
-        for k in range(len(self)):
-            if (row := self.usable((i + k) % len(self))) is not None:
-                return row
-        raise BadRow(f"{self.path}: no usable row")
-
-    def __iter__(self):
-        return filter(None, map(self.usable, range(len(self))))
+    if isinstance(value, list):
+        return [without_nulls(part) for part in value]
+    return value

@@ -1,7 +1,39 @@
-"""Instances in the format of the authors' published sets (README, "Your own data"): one row, what its fields mean.
+"""Instances: one row in the format of the authors' published sets, and what its fields mean.
 
-A row has one picture or several ("image": a list); a picture is a path beside the row's file, the encoded bytes that
-parquet embeds, or an array. Whatever is wrong with a row is a BadRow: file, row, field, and what it should be.
+    {"image": "a.jpg", "depth": "a.png", "intrinsics": [fx, fy, cx, cy],
+     "conversations": [{"from": "human", "value": "How far is the red bbox <mask>?"},
+                       {"from": "gpt", "value": "3.4"}],
+     "red_bbox": [[x1, y1, x2, y2]], "bbox": [[x1, y1, x2, y2]],
+     "3d_pos": {"red_bbox": {"center_cam": [x, y, z]}}}
+
+conversations  the question, with `<image>` and `<mask>` placeholders, and the target of training
+answer         the true answer; without it, the <answer> of the target, or the whole target
+image          a path beside the row's file, the encoded bytes that parquet embeds, or an array
+image_hw       optional, [H, W]: must be the picture's, as regions are in its pixels
+depth          a 16-bit PNG as large as the picture, 0 = no measurement, depth_scale metres per unit
+               (default 0.001); or an array in metres, NaN = no measurement
+intrinsics     in pixels; without them a horizontal field of view of 60 degrees is assumed
+red_bbox ...   marks that are drawn on the picture, in thousandths of its width and height: boxes
+               x1, y1, x2, y2, or points x, y in red_point ...; red, blue, green or yellow
+bbox           the regions, boxes in pixels, one per `<mask>` of the question, in text order;
+               without this field each `<mask>` stands for the mark that is named before it
+3d_pos         centres of the marked objects in metres, x right, y down, z forward. A row with this
+               field is on the path DTR (detect-then-reason: 3D coordinates first), {} is DTR
+               without detection reward; a row without it is on LOR (language-only reasoning)
+
+A row with several pictures:
+image, depth   lists, one entry per picture (depth: or None)
+intrinsics     a list, one entry per picture (or None), or one camera for all
+bbox_img_idx   the picture of each of the row's box marks; point_img_idx: of its point marks
+bbox           by picture, {"0": [box, ...], "1": []}, and with it
+mask_idx       {"0": [picture, which of its boxes], ...}, one entry per `<mask>`, in text order
+3d_pos         {"red_bbox": {"current_frame": the picture of the mark,
+                             "all_frame_3d": {"0": {"center_cam": [x, y, z]}, ...}}}, the
+               centre in the camera frame of each picture
+main_frame_idx the picture whose camera frame the centres are in, where the row has no marks
+
+The reader (formats/files.py) adds "source", file and row for messages, and "folder", of the file.
+Whatever is wrong with a row is a BadRow: file, row, field, and what it should be.
 """
 
 import io
@@ -17,7 +49,8 @@ from PIL import Image, ImageDraw
 from formats.errors import BadRow
 from rewards import extract_answer, total_reward
 
-IMAGE_PLACEHOLDER, REGION_PLACEHOLDER = "<image>", "<mask>"  # placeholders in a question
+IMAGE_PLACEHOLDER = "<image>"
+REGION_PLACEHOLDER = "<mask>"
 DEFAULT_FOV = 60  # degrees, horizontal: for pictures without intrinsics
 MARK_COLORS = {
     "red": (255, 0, 0),
@@ -25,290 +58,161 @@ MARK_COLORS = {
     "green": (0, 255, 0),
     "yellow": (255, 255, 0),
 }
-POINT_REGION = 50  # thousandths of width and height: the region of a point
-# What asks for geometry: DTR's computed coordinates help there, elsewhere words do.
+MARK_FIELDS = {f"{color}_{kind}" for color in MARK_COLORS for kind in ("bbox", "point")}
+POINT_REGION = 50  # thousandths of width and height: sides of the region around a point
+DTR_FIELDS = ("3d_pos", "bbox", "mask_idx")  # what a LOR row does not have
+# Words of a question that asks for geometry: there DTR's coordinates help, elsewhere reasoning in
+# words does.
 GEOMETRY = re.compile(
     r"\b(?:how (?:far|close|deep|tall|high|wide|long|big|large)|distances?|depth|met(?:er|re)s?|"
-    r"closer|closest|nearer|nearest|farther|farthest|further|left|right|above|below|behind|in front|"
-    r"height|width|size|taller|larger|smaller|angle|degrees?|rotat\w+|mov\w+|position)\b",
+    r"closer|closest|nearer|nearest|farther|farthest|further|left|right|above|below|behind|"
+    r"in front|height|width|size|taller|larger|smaller|angle|degrees?|rotat\w+|mov\w+|position)\b",
     re.IGNORECASE,
 )
 
+# ----------------------------------------------------------------------------------------------
+# path, question and answer
+
 
 def path_of(row):
-    """The rule of the published sets: "3d_pos" present -> DTR (even when empty), absent -> LOR."""
+    """The path of a row, "dtr" or "lor".
+
+    The rule of the published sets: a row with "3d_pos" is DTR, even where it is empty.
+    """
     return "dtr" if "3d_pos" in row else "lor"
 
 
 def turns(row):
-    talk = row.get("conversations")
-    values = (
-        [turn.get("value") if isinstance(turn, dict) else None for turn in talk]
-        if isinstance(talk, list)
-        else []
-    )
-    if len(values) != 2 or not all(
-        isinstance(v, (str, int, float)) and str(v).strip() for v in values
-    ):
+    """The question and the target of training, as they stand in the row."""
+    conversation = row.get("conversations")
+    values = []
+    if isinstance(conversation, list):
+        values = [turn.get("value") if isinstance(turn, dict) else None for turn in conversation]
+    if len(values) != 2 or not all(map(has_text, values)):
         raise BadRow(
             f"{row['source']}: field 'conversations': needs one question and one non-empty answer"
         )
-    return tuple(map(str, values))
+    question, target = values
+    return str(question), str(target)
+
+
+def has_text(value):
+    """Is this a text that is not blank, or a number?"""
+    return isinstance(value, (str, int, float)) and bool(str(value).strip())
 
 
 def answer_of(row):
     """The ground-truth answer: "answer", else the <answer> of the target, else the whole target."""
-    target = turns(row)[1]
-    answer = row["answer"] if row.get("answer") is not None else extract_answer(target) or target
-    if not str(answer).strip():
+    _, target = turns(row)
+    answer = row.get("answer")
+    if answer is None:
+        answer = extract_answer(target) or target
+    answer = str(answer).strip()
+    if not answer:
         raise BadRow(f"{row['source']}: field 'answer': empty")
-    return str(answer).strip()
+    return answer
 
 
 def text_of(row):
-    """The question with its placeholders. DTR: where it has no `<mask>`, the first mention of each mark gets one."""
-    text = turns(row)[0]
+    """The question with its placeholders.
+
+    Where a DTR question has no `<mask>` at all, the first mention of each mark gets one.
+    """
+    text, _ = turns(row)
     if path_of(row) == "dtr" and REGION_PLACEHOLDER not in text:
         for field in mark_fields(row):
-            text = re.sub(
-                rf"\b{field.replace('_', ' ')}\b",
-                lambda mark: f"{mark[0]} {REGION_PLACEHOLDER}",
-                text,
-                count=1,
-            )
+            mention = rf"\b{mark_name(field)}\b"
+            text = re.sub(mention, rf"\g<0> {REGION_PLACEHOLDER}", text, count=1)
     return text
 
 
 def question_of(row):
-    return text_of(row).replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
+    """The question without the placeholders of images."""
+    text = text_of(row)
+    return text.replace(f"{IMAGE_PLACEHOLDER}\n", "").replace(IMAGE_PLACEHOLDER, "").strip()
 
 
-def on_path(row, path):
-    """The same question on this path: its own row, or one made from the other path's (without detection reward)."""
-    if path_of(row) == path:
-        return row
-    other = {
-        key: value
-        for key, value in row.items()
-        if path == "dtr" or key not in ("3d_pos", "bbox", "mask_idx")
-    }
-    question = (
-        text_of(row)
-        if path == "dtr"
-        else text_of(row).replace(f" {REGION_PLACEHOLDER}", "").replace(REGION_PLACEHOLDER, "")
-    )
-    other["conversations"] = [
-        {"from": "human", "value": question},
-        {"from": "gpt", "value": answer_of(row)},
-    ]
-    return other | ({"3d_pos": {}} if path == "dtr" else {})
-
-
-def best_path(row):
-    """The path by the paper's own use: DTR where the question has regions and asks for geometry, LOR otherwise."""
-    regions = mark_fields(row) or REGION_PLACEHOLDER in text_of(row)
-    return "dtr" if regions and GEOMETRY.search(question_of(row)) else "lor"
-
-
-def on_paths(rows, path):
-    """Each question on path "lor", "dtr", "both", or "auto" (the better one). A LOR and a DTR row with the same
-    pictures, marks and words are one question."""
-    asked, last = [], {}
-    for row in rows:
-        pictures = [row["source"] if isinstance(v, np.ndarray) else str(v) for v in images_of(row)]
-        key = (
-            *pictures,
-            question_of(row).replace(f" {REGION_PLACEHOLDER}", ""),
-            str([row[field] for field in mark_fields(row)]),
-        )
-        if key not in last or path_of(row) in last[key]:
-            last[key] = {}
-            asked.append(last[key])
-        last[key][path_of(row)] = row
-    wanted = lambda twins: {"both": ["lor", "dtr"], "auto": [best_path([*twins.values()][0])]}.get(
-        path, [path]
-    )
-    return [
-        twins.get(p) or on_path([*twins.values()][0], p) for twins in asked for p in wanted(twins)
-    ]
+# ----------------------------------------------------------------------------------------------
+# pictures, depth and intrinsics
 
 
 def images_of(row):
-    """The pictures of a row, a list also for one."""
+    """The pictures of a row as they stand there; a list also where there is one."""
     images = row.get("image")
-    if isinstance(images, list) and not images:
+    if not isinstance(images, list):
+        return [images]
+    if not images:
         raise BadRow(f"{row['source']}: field 'image': an empty list")
-    return images if isinstance(images, list) else [images]
+    return images
 
 
 def of_image(row, field, index):
-    """The value of a field for one image: a list holds one for each; intrinsics may be given once for all."""
-    values, count = row.get(field), len(images_of(row))
-    one = (
-        not isinstance(values, list)
-        or field == "intrinsics"
-        and not all(v is None or isinstance(v, list) for v in values)
-    )
-    values = [values] * (count if values is None or field == "intrinsics" else 1) if one else values
+    """The value of a field for one image, None where the row lacks the field.
+
+    A list holds one value per image; intrinsics may also be given once for all images.
+    """
+    values = row.get(field)
+    count = len(images_of(row))
+    if values is None or field == "intrinsics" and is_one_camera(values):
+        values = [values] * count
+    elif not isinstance(values, list):
+        values = [values]
     if len(values) != count:
         raise BadRow(f"{row['source']}: field '{field}': {len(values)} for {count} images")
     return values[index]
 
 
-def mark_fields(row):
-    """The fields that hold coloured marks, in the order of the row: ["red_bbox", "blue_point", ...]."""
-    kinds = {f"{color}_{kind}" for color in MARK_COLORS for kind in ("bbox", "point")}
-    return [field for field in row if field in kinds]
-
-
-def marks_of(row):
-    """[(field, boxes or points in thousandths, image that they are in), ...], in the order of the row."""
-    found, count, truth = [], len(images_of(row)), row.get("3d_pos")
-    for kind, size in (("bbox", 4), ("point", 2)):
-        fields = [field for field in mark_fields(row) if field.endswith(kind)]
-        places = [0] * len(fields)
-        if (
-            fields and count > 1 and f"{kind}_img_idx" in row
-        ):  # [[0, 1]] and [[0], [1]]: one image a field
-            places = row[f"{kind}_img_idx"] if isinstance(row[f"{kind}_img_idx"], list) else [None]
-            places = [i for part in places for i in (part if isinstance(part, list) else [part])]
-        elif count > 1:
-            of = lambda field: (truth.get(field) if isinstance(truth, dict) else None) or {}
-            places = [
-                of(field).get("current_frame") if isinstance(of(field), dict) else None
-                for field in fields
-            ]
-        if len(places) != len(fields) or not all(i in range(count) for i in places):
-            raise BadRow(
-                f"{row['source']}: field '{kind}_img_idx': needs the image, 0 to {count - 1}, of each of "
-                f"{fields}, not {row.get(f'{kind}_img_idx')}"
-            )
-        for field, image in zip(fields, places):
-            shapes = boxes_of(row, field, row[field], size)
-            if (
-                not all(-1 <= v <= 1001 for shape in shapes for v in shape)
-                or kind == "bbox"
-                and not all(x1 <= x2 and y1 <= y2 for x1, y1, x2, y2 in shapes)
-            ):
-                raise BadRow(
-                    f"{row['source']}: field '{field}': {shapes} must be "
-                    f"{'x1,y1,x2,y2' if kind == 'bbox' else 'x,y'} in thousandths of the image, 0 to 1000"
-                )
-            found.append((field, shapes, int(image)))
-    return found
-
-
-def reference_frame(row):
-    """The image whose camera the centres are in: that of the first mark; the first where the question says so."""
-    count, marks, main = len(images_of(row)), marks_of(row), row.get("main_frame_idx", 0)
-    if main not in range(count):
-        raise BadRow(f"{row['source']}: field 'main_frame_idx': {main} must be 0 to {count - 1}")
-    return (
-        0
-        if count == 1 or "first image" in question_of(row).lower()
-        else marks[0][2]
-        if marks
-        else int(main)
-    )
-
-
-def centers_of(row):
-    """Ground-truth centres by mark: {"red bbox": (x, y, z)}; several images: {"red bbox": {frame: (x, y, z)}}.
-    None for LOR, {} for DTR without detection reward."""
-    if path_of(row) == "lor":
-        return None
-    if not isinstance(row["3d_pos"], dict):
-        raise BadRow(
-            f"{row['source']}: field '3d_pos': needs {{mark: {{'center_cam': [x, y, z]}}}}"
-        )
-    centers, count = {}, len(images_of(row))
-    for mark, truth in row["3d_pos"].items():
-        frames = truth.get("all_frame_3d") if isinstance(truth, dict) else None
-        if not isinstance(frames, dict):
-            own = {field: image for field, _, image in marks_of(row)} if count > 1 else {}
-            frames = {own.get(mark, reference_frame(row)) if count > 1 else 0: truth}
-        found = {}
-        for frame, at in frames.items():
-            point = at.get("center_cam") if isinstance(at, dict) else None
-            if not finite(point, 3) or str(frame) not in map(str, range(count)):
-                raise BadRow(
-                    f"{row['source']}: field '3d_pos.{mark}.center_cam': needs three finite numbers, metres, "
-                    f"in the frame of an image, 0 to {count - 1}; not {point} in frame {frame}"
-                )
-            found[int(frame)] = tuple(map(float, point))
-        if count == 1 and not found:
-            raise BadRow(f"{row['source']}: field '3d_pos.{mark}.all_frame_3d': empty")
-        centers[mark.replace("_", " ")] = found if count > 1 else found[0]
-    return centers
-
-
-def finite(values, count):
-    """Is this a list of so many finite numbers?"""
-    return (
-        isinstance(values, (list, tuple))
-        and len(values) == count
-        and all(isinstance(v, (int, float)) and abs(v) < 1e9 for v in values)
-    )  # false for NaN too
-
-
-def boxes_of(row, field, boxes, count=4):
-    """Boxes (with count 2: points) as they stand in a field, checked."""
-    if not isinstance(boxes, list) or not all(finite(box, count) for box in boxes):
-        raise BadRow(
-            f"{row['source']}: field '{field}': needs a list of lists of {count} finite numbers, not {boxes}"
-        )
-    return boxes
-
-
-@lru_cache(maxsize=16)  # a row is checked and then encoded: read its pictures once
-def read_picture(file):
-    image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-    image.load()
-    return image
+def is_one_camera(intrinsics):
+    """Is this [fx, fy, cx, cy], and not a list of one such list, or None, per image?"""
+    if not isinstance(intrinsics, list):
+        return True
+    return not all(value is None or isinstance(value, list) for value in intrinsics)
 
 
 def open_image(row, index=0, field="image"):
-    """-> picture of a path (relative to the row's file), of encoded bytes or of an array."""
+    """The picture in a field: of a path beside the row's file, of encoded bytes, or of an array."""
     value = of_image(row, field, index)
     if isinstance(value, np.ndarray):
         return Image.fromarray(value)
     if isinstance(value, dict):  # as published in parquet: {"bytes": ..., "path": ...}
         value = value.get("bytes", value.get("path"))
-    if not isinstance(value, (str, bytes)):
+    if isinstance(value, str):
+        file = os.path.join(row.get("folder", "."), value)
+        name = file
+    elif isinstance(value, bytes):
+        file = value
+        name = f"{len(value)} embedded bytes"
+    else:
         raise BadRow(f"{row['source']}: field '{field}': needs a path")
-    path = os.path.join(row.get("folder", "."), value) if isinstance(value, str) else value
-    name = path if isinstance(value, str) else f"{len(value)} embedded bytes"
     try:
-        return read_picture(path)
+        return read_picture(file)
     except FileNotFoundError:
         raise BadRow(f"{row['source']}: field '{field}': no such file {name}") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # SyntaxError: a broken PNG
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # A SyntaxError is what PIL raises for a broken PNG.
         raise BadRow(
             f"{row['source']}: field '{field}': unreadable image {name} ({error})"
         ) from None
 
 
+@lru_cache(maxsize=16)  # a row is checked and then encoded: its pictures are read once
+def read_picture(file):
+    """The picture of a path or of encoded bytes."""
+    image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    image.load()
+    return image
+
+
 def open_depth(row, width, height, index=0):
-    """-> depth (H, W) float32 metres, NaN = no measurement, or None where the image has none."""
+    """Depth (H, W) float32 metres of one image, NaN = no measurement; None where it has no depth.
+
+    width, height: of the image; depth of another size is an error.
+    """
     depth = of_image(row, "depth", index)
     if depth is None:
         return None
     if isinstance(depth, (str, bytes, dict)):
-        image = open_image(row, index, "depth")
-        if image.mode in ("L", "P", "RGB") and "depth_scale" not in row:
-            raise BadRow(
-                f"{row['source']}: field 'depth': 8-bit pictures hold relative depth; add 'depth_scale' "
-                "(metres per unit) or leave the depth out"
-            )
-        if not finite([row.get("depth_scale", 0.001)], 1):
-            raise BadRow(f"{row['source']}: field 'depth_scale': needs a number, metres per unit")
-        depth = np.asarray(image, np.float32) * row.get("depth_scale", 0.001)
-        depth = np.where(depth > 0, depth, np.nan).astype(np.float32)
+        depth = read_depth(row, index)
     if not isinstance(depth, np.ndarray):
         raise BadRow(f"{row['source']}: field 'depth': needs the path of a 16-bit PNG")
     if depth.shape != (height, width):
@@ -319,134 +223,473 @@ def open_depth(row, width, height, index=0):
     return depth
 
 
+def read_depth(row, index):
+    """A picture of depth in units, 0 = no measurement -> (H, W) float32 metres, NaN there."""
+    picture = open_image(row, index, "depth")
+    if picture.mode in ("L", "P", "RGB") and "depth_scale" not in row:
+        raise BadRow(
+            f"{row['source']}: field 'depth': 8-bit pictures hold relative depth; add "
+            "'depth_scale' (metres per unit) or leave the depth out"
+        )
+    scale = row.get("depth_scale", 0.001)  # metres per unit
+    if not finite([scale], 1):
+        raise BadRow(f"{row['source']}: field 'depth_scale': needs a number, metres per unit")
+    depth = np.asarray(picture, np.float32) * scale
+    return np.where(depth > 0, depth, np.nan).astype(np.float32)
+
+
 def intrinsics_of(row, width, height, index=0):
+    """(fx, fy, cx, cy) of one image, in pixels; those of DEFAULT_FOV where the row has none."""
     given = of_image(row, "intrinsics", index)
     if given is None:
         focal = width / 2 / math.tan(math.radians(DEFAULT_FOV / 2))
         return focal, focal, width / 2, height / 2
     if not finite(given, 4) or min(given[:2]) <= 0:
         raise BadRow(
-            f"{row['source']}: field 'intrinsics': needs [fx, fy, cx, cy], pixels, finite, focal lengths > 0"
+            f"{row['source']}: field 'intrinsics': needs [fx, fy, cx, cy], pixels, finite, "
+            "focal lengths > 0"
         )
     return tuple(map(float, given))
 
 
-def mark_box(shape, width, height):
-    """A mark in thousandths -> its box in pixels; a point: POINT_REGION around it, clamped to the image."""
-    x, y, half = shape[0], shape[1], POINT_REGION / 2
-    if len(shape) == 2:
-        shape = [max(0, x - half), max(0, y - half), min(1000, x + half), min(1000, y + half)]
-    return [v * side / 1000 for v, side in zip(shape, (width, height) * 2)]
+# ----------------------------------------------------------------------------------------------
+# marks: coloured boxes and points
 
 
-def regions_of(row, sizes):
-    """[(image, box in its pixels), ...], one for each `<mask>` of the question, in text order; sizes: (W, H) of each
-    image. "bbox" holds them (several images: by image, and "mask_idx" their order), else they are the marks named."""
-    question, boxes = question_of(row), row.get("bbox")
-    count = question.count(REGION_PLACEHOLDER)
-    if count == 0 and path_of(row) == "lor":
-        return []
-    if "bbox" not in row:
-        marks = {
-            field.replace("_", " "): (image, shapes)
-            for field, shapes, image in marks_of(row)
-            if shapes
-        }
-        named = re.findall(rf"(\w+ (?:bbox|point))?\s*{REGION_PLACEHOLDER}", question)
-        if not set(named) <= set(marks):
-            raise BadRow(
-                f"{row['source']}: field 'bbox': missing, and not every <mask> follows a mark of the row"
-            )
-        found = [
-            (image, mark_box(shapes[0], *sizes[image])) for image, shapes in map(marks.get, named)
-        ]
-    elif isinstance(boxes, dict):
-        by_image = {image: boxes_of(row, f"bbox.{image}", part) for image, part in boxes.items()}
-        order = row.get("mask_idx")
-        try:
-            pairs = [order[str(k)] for k in range(len(order))]
-            if not all(image in range(len(sizes)) and k >= 0 for image, k in pairs):
-                raise IndexError
-            found = [(image, by_image[str(image)][k]) for image, k in pairs]
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise BadRow(
-                f"{row['source']}: field 'mask_idx': needs {{'0': [image, index of its box in 'bbox'], ...}}, "
-                "one for each <mask> in text order"
-            ) from None
-    elif len(sizes) > 1 and boxes:
-        raise BadRow(
-            f"{row['source']}: field 'bbox': several images need {{'0': [[x1,y1,x2,y2], ...], '1': ...}}"
-        )
+def mark_fields(row):
+    """The fields with coloured marks, in the order of the row: ["red_bbox", "blue_point", ...]."""
+    return [field for field in row if field in MARK_FIELDS]
+
+
+def mark_name(field):
+    """What texts call the mark of a field: "red bbox" for "red_bbox"."""
+    return field.replace("_", " ")
+
+
+def marks_of(row):
+    """The marks of a row: [(field, boxes or points in thousandths, index of their image), ...].
+
+    The boxes come before the points, each in the order of the row.
+    """
+    marks = []
+    for kind in ("bbox", "point"):
+        fields = [field for field in mark_fields(row) if field.endswith(kind)]
+        for field, image in zip(fields, images_of_marks(row, kind, fields)):
+            marks.append((field, mark_shapes(row, field), int(image)))
+    return marks
+
+
+def images_of_marks(row, kind, fields):
+    """The image of each of the fields of one kind of mark, "bbox" or "point".
+
+    "bbox_img_idx" and "point_img_idx" give it, else the "current_frame" in "3d_pos".
+    """
+    count = len(images_of(row))
+    given = row.get(f"{kind}_img_idx")
+    if count == 1:
+        images = [0] * len(fields)
+    elif fields and f"{kind}_img_idx" in row:
+        images = flat(given)
     else:
-        found = [(0, box) for box in boxes_of(row, "bbox", boxes)]
-    if count != len(found):
+        images = [current_frame(row, field) for field in fields]
+    if len(images) != len(fields) or not all(image in range(count) for image in images):
         raise BadRow(
-            f"{row['source']}: field 'bbox': {len(found)} boxes for {count} <mask> in the question"
+            f"{row['source']}: field '{kind}_img_idx': needs the image, 0 to {count - 1}, of "
+            f"each of {fields}, not {given}"
         )
-    for image, box in found:
-        width, height = sizes[image]
-        if not (-1 <= box[0] < box[2] <= width + 1 and -1 <= box[1] < box[3] <= height + 1):
-            raise BadRow(
-                f"{row['source']}: field 'bbox': {box} is empty or outside the image ({width}x{height}); "
-                "needs x1,y1,x2,y2"
-            )
+    return images
+
+
+def flat(values):
+    """[[0, 1]], [[0], [1]] or [0, 1] -> [0, 1]; anything that is no list -> [None]."""
+    if not isinstance(values, list):
+        return [None]
+    found = []
+    for value in values:
+        found += value if isinstance(value, list) else [value]
     return found
 
 
-def region_mask(box, width, height):
-    """Box in pixels -> mask (H, W), 1 = inside."""
-    mask = torch.zeros(height, width)
-    x1, y1, x2, y2 = (
-        max(0, math.floor(box[0])),
-        max(0, math.floor(box[1])),
-        math.ceil(box[2]),
-        math.ceil(box[3]),
-    )
-    mask[min(y1, height - 1) : max(y2, y1 + 1), min(x1, width - 1) : max(x2, x1 + 1)] = 1
-    return mask
+def current_frame(row, field):
+    """The image that "3d_pos" names for the mark of a field, or None."""
+    truth = row.get("3d_pos")
+    mark = truth.get(field) if isinstance(truth, dict) else None
+    return mark.get("current_frame") if isinstance(mark, dict) else None
+
+
+def mark_shapes(row, field):
+    """The boxes or points of one field of marks, in thousandths, checked."""
+    if field.endswith("bbox"):
+        shapes = boxes_of(row, field, row[field])
+        ordered = all(x1 <= x2 and y1 <= y2 for x1, y1, x2, y2 in shapes)
+        wanted = "x1,y1,x2,y2"
+    else:
+        shapes = boxes_of(row, field, row[field], 2)
+        ordered = True
+        wanted = "x,y"
+    # A thousandth beside the image is let pass.
+    inside = all(-1 <= value <= 1001 for shape in shapes for value in shape)
+    if not inside or not ordered:
+        raise BadRow(
+            f"{row['source']}: field '{field}': {shapes} must be "
+            f"{wanted} in thousandths of the image, 0 to 1000"
+        )
+    return shapes
+
+
+def boxes_of(row, field, boxes, count=4):
+    """Boxes (with count 2: points) as they stand in a field, checked."""
+    if not isinstance(boxes, list) or not all(finite(box, count) for box in boxes):
+        raise BadRow(
+            f"{row['source']}: field '{field}': needs a list of lists of {count} finite numbers, "
+            f"not {boxes}"
+        )
+    return boxes
+
+
+def finite(values, count):
+    """Is this a list of so many finite numbers?"""
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        return False
+    # The comparison is also false for NaN.
+    return all(isinstance(value, (int, float)) and abs(value) < 1e9 for value in values)
 
 
 def draw_marks(image, row, index=0):
-    """One image's boxes (5 px a 1000 px of width, 2 at least) and points (radius 20 px a 1000 px), on a copy."""
-    image, (w, h) = image.convert("RGB"), image.size
+    """The marks of one image of a row, drawn on a copy of that image.
+
+    Per 1000 pixels of the image's width, the outline of a box is 5 pixels wide, and a point has a
+    radius of 20. An outline is at least 2 pixels wide.
+    """
+    image = image.convert("RGB")
     pen = ImageDraw.Draw(image)
-    for field, shapes, place in marks_of(row):
+    for field, shapes, mark_image in marks_of(row):
+        if mark_image != index:
+            continue
         rgb = MARK_COLORS[field.split("_")[0]]
-        for shape in shapes if place == index else []:
+        for shape in shapes:
             if len(shape) == 4:
-                right, bottom = shape[2] * w / 1000 - 1, shape[3] * h / 1000 - 1
-                corners = [
-                    min(shape[0] * w / 1000, right),
-                    min(shape[1] * h / 1000, bottom),
-                    right,
-                    bottom,
-                ]
-                pen.rectangle(corners, outline=rgb, width=max(2, round(w / 200)))
+                draw_box(pen, to_pixels(shape, *image.size), rgb, image.width)
             else:
-                x, y, r = shape[0] * w / 1000, shape[1] * h / 1000, max(1, w / 50)
-                pen.ellipse([x - r, y - r, x + r, y + r], fill=rgb)
+                draw_point(pen, to_pixels(shape, *image.size), rgb, image.width)
     return image
 
 
-def check_row(row):
-    """Raise BadRow if the row cannot be used; reads its pictures."""
-    count = len(images_of(row))
-    sizes = [draw_marks(open_image(row, i), row, i).size for i in range(count)]
-    if "image_hw" in row and row["image_hw"] not in [[h, w] for w, h in sizes]:
+def draw_box(pen, box, rgb, image_width):
+    """The outline of a box in pixels, whose x2 and y2 lie just outside of it."""
+    x1, y1, x2, y2 = box
+    right = x2 - 1
+    bottom = y2 - 1
+    corners = [min(x1, right), min(y1, bottom), right, bottom]
+    pen.rectangle(corners, outline=rgb, width=max(2, round(image_width / 200)))
+
+
+def draw_point(pen, point, rgb, image_width):
+    """A disc around a point in pixels."""
+    x, y = point
+    radius = max(1, image_width / 50)
+    pen.ellipse([x - radius, y - radius, x + radius, y + radius], fill=rgb)
+
+
+def to_pixels(shape, width, height):
+    """A box or a point in thousandths of an image -> in pixels."""
+    return [value * side / 1000 for value, side in zip(shape, (width, height) * 2)]
+
+
+# ----------------------------------------------------------------------------------------------
+# regions: one box per `<mask>` of the question
+
+
+def regions_of(row, sizes):
+    """The regions of a question: [(image, box in its pixels), ...], one per `<mask>`.
+
+    They are in text order: the boxes of "bbox" or, without that field, the marks that the question
+    names. sizes: (W, H) of each image.
+    """
+    question = question_of(row)
+    count = question.count(REGION_PLACEHOLDER)
+    if count == 0 and path_of(row) == "lor":
+        return []
+    boxes = row.get("bbox")
+    if "bbox" not in row:
+        regions = regions_of_marks(row, question, sizes)
+    elif isinstance(boxes, dict):
+        regions = regions_by_image(row, boxes, len(sizes))
+    elif len(sizes) > 1 and boxes:
         raise BadRow(
-            f"{row['source']}: field 'image_hw': {row['image_hw']}, but the image is [H, W] = "
-            f"{[sizes[0][1], sizes[0][0]]}: boxes in pixels would not fit"
+            f"{row['source']}: field 'bbox': several images need "
+            "{'0': [[x1,y1,x2,y2], ...], '1': ...}"
         )
-    if text_of(row).count(IMAGE_PLACEHOLDER) not in (0, count):
+    else:
+        regions = [(0, box) for box in boxes_of(row, "bbox", boxes)]
+    if count != len(regions):
         raise BadRow(
-            f"{row['source']}: field 'conversations': {text_of(row).count(IMAGE_PLACEHOLDER)} <image> for {count} images"
+            f"{row['source']}: field 'bbox': {len(regions)} boxes for {count} <mask> "
+            "in the question"
+        )
+    for image, box in regions:
+        check_region(row, box, *sizes[image])
+    return regions
+
+
+def regions_of_marks(row, question, sizes):
+    """The regions without "bbox": each `<mask>` follows the name of a mark, "red bbox <mask>"."""
+    marks = {}
+    for field, shapes, image in marks_of(row):
+        if shapes:
+            marks[mark_name(field)] = (image, shapes[0])
+    names = re.findall(rf"(\w+ (?:bbox|point))?\s*{REGION_PLACEHOLDER}", question)
+    if not set(names) <= set(marks):
+        raise BadRow(
+            f"{row['source']}: field 'bbox': missing, and not every <mask> follows a mark "
+            "of the row"
+        )
+    regions = []
+    for name in names:
+        image, shape = marks[name]
+        regions.append((image, mark_box(shape, *sizes[image])))
+    return regions
+
+
+def regions_by_image(row, boxes, images):
+    """The regions of boxes by image, {"0": [box, ...], ...}, in the order of "mask_idx"."""
+    by_image = {}
+    for image, own_boxes in boxes.items():
+        by_image[image] = boxes_of(row, f"bbox.{image}", own_boxes)
+    order = row.get("mask_idx")
+    regions = []
+    try:
+        for k in range(len(order)):
+            image, index = order[str(k)]
+            if image not in range(images) or index < 0:  # -1 would be the last box
+                raise IndexError
+            regions.append((image, by_image[str(image)][index]))
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise BadRow(
+            f"{row['source']}: field 'mask_idx': needs {{'0': [image, index of its box in "
+            "'bbox'], ...}, one for each <mask> in text order"
+        ) from None
+    return regions
+
+
+def check_region(row, box, width, height):
+    """BadRow for a box that is empty or more than a pixel outside its image."""
+    x1, y1, x2, y2 = box
+    if not (-1 <= x1 < x2 <= width + 1 and -1 <= y1 < y2 <= height + 1):
+        raise BadRow(
+            f"{row['source']}: field 'bbox': {box} is empty or outside the image "
+            f"({width}x{height}); needs x1,y1,x2,y2"
+        )
+
+
+def mark_box(shape, width, height):
+    """A mark in thousandths -> its box in pixels.
+
+    Of a point it is the POINT_REGION around it, clamped to the image.
+    """
+    if len(shape) == 2:
+        x, y = shape
+        half = POINT_REGION / 2
+        shape = [max(0, x - half), max(0, y - half), min(1000, x + half), min(1000, y + half)]
+    return to_pixels(shape, width, height)
+
+
+def region_mask(box, width, height):
+    """Box in pixels -> mask (H, W), 1 = inside; at least one pixel is, also of a box on the rim."""
+    left = max(0, math.floor(box[0]))
+    top = max(0, math.floor(box[1]))
+    right = max(math.ceil(box[2]), left + 1)
+    bottom = max(math.ceil(box[3]), top + 1)
+    mask = torch.zeros(height, width)  # (H, W)
+    mask[min(top, height - 1) : bottom, min(left, width - 1) : right] = 1
+    return mask
+
+
+# ----------------------------------------------------------------------------------------------
+# true centres
+
+
+def reference_frame(row):
+    """The image whose camera frame the centres are in: that of the first mark.
+
+    Where the question speaks of the "first image" it is image 0; without marks, "main_frame_idx".
+    """
+    count = len(images_of(row))
+    marks = marks_of(row)
+    main = row.get("main_frame_idx", 0)
+    if main not in range(count):
+        raise BadRow(f"{row['source']}: field 'main_frame_idx': {main} must be 0 to {count - 1}")
+    if count == 1 or "first image" in question_of(row).lower():
+        return 0
+    if marks:
+        _, _, image = marks[0]
+        return image
+    return int(main)
+
+
+def centers_of(row):
+    """The true centres by mark, in metres: {"red bbox": (x, y, z)}.
+
+    With several images they are given by frame, {"red bbox": {frame: (x, y, z)}}. None for LOR,
+    {} for DTR without detection reward.
+    """
+    if path_of(row) == "lor":
+        return None
+    if not isinstance(row["3d_pos"], dict):
+        raise BadRow(
+            f"{row['source']}: field '3d_pos': needs {{mark: {{'center_cam': [x, y, z]}}}}"
+        )
+    several = len(images_of(row)) > 1
+    centers = {}
+    for mark, truth in row["3d_pos"].items():
+        by_frame = centers_by_frame(row, mark, truth)
+        if not several and not by_frame:
+            raise BadRow(f"{row['source']}: field '3d_pos.{mark}.all_frame_3d': empty")
+        centers[mark_name(mark)] = by_frame if several else by_frame[0]
+    return centers
+
+
+def centers_by_frame(row, mark, truth):
+    """The centre of one mark, {frame: (x, y, z) in the camera frame of that image}.
+
+    truth: what "3d_pos" holds of this mark.
+    """
+    count = len(images_of(row))
+    frames = truth.get("all_frame_3d") if isinstance(truth, dict) else None
+    if not isinstance(frames, dict):
+        frames = {own_frame(row, mark): truth}
+    centers = {}
+    for frame, entry in frames.items():
+        point = entry.get("center_cam") if isinstance(entry, dict) else None
+        if not finite(point, 3) or str(frame) not in map(str, range(count)):
+            raise BadRow(
+                f"{row['source']}: field '3d_pos.{mark}.center_cam': needs three finite "
+                f"numbers, metres, in the frame of an image, 0 to {count - 1}; "
+                f"not {point} in frame {frame}"
+            )
+        centers[int(frame)] = tuple(map(float, point))
+    return centers
+
+
+def own_frame(row, mark):
+    """The frame of a centre that is given without one: its mark's image, else the reference."""
+    if len(images_of(row)) == 1:
+        return 0
+    image_of_mark = {field: image for field, _, image in marks_of(row)}
+    return image_of_mark.get(mark, reference_frame(row))
+
+
+# ----------------------------------------------------------------------------------------------
+# the same question on the other path
+
+
+def on_paths(rows, path):
+    """Each question of some rows on path "lor", "dtr", "both", or "auto" (the better one)."""
+    chosen = []
+    for twins in twins_of(rows):
+        row = next(iter(twins.values()))
+        if path == "both":
+            paths = ["lor", "dtr"]
+        elif path == "auto":
+            paths = [best_path(row)]
+        else:
+            paths = [path]
+        for wanted in paths:
+            chosen.append(twins.get(wanted) or on_path(row, wanted))
+    return chosen
+
+
+def twins_of(rows):
+    """The rows by question: [{path: row}, ...], in the order in which the questions come up.
+
+    A LOR and a DTR row with the same pictures, marks and words are one question. A third such row
+    opens another one: no row is lost.
+    """
+    asked = []
+    latest = {}
+    for row in rows:
+        key = question_key(row)
+        path = path_of(row)
+        if key not in latest or path in latest[key]:
+            latest[key] = {}
+            asked.append(latest[key])
+        latest[key][path] = row
+    return asked
+
+
+def question_key(row):
+    """What a LOR and a DTR row of one question share: pictures, words, marks."""
+    pictures = []
+    for image in images_of(row):
+        # An array is known by the scene that it comes from.
+        pictures.append(row["source"] if isinstance(image, np.ndarray) else str(image))
+    words = question_of(row).replace(f" {REGION_PLACEHOLDER}", "")
+    marks = str([row[field] for field in mark_fields(row)])
+    return *pictures, words, marks
+
+
+def on_path(row, path):
+    """The same question on a path: its own row, or one made from that of the other path.
+
+    A DTR row that is made has no detection reward.
+    """
+    if path_of(row) == path:
+        return row
+    question = text_of(row)
+    if path == "dtr":
+        other = {**row, "3d_pos": {}}
+    else:
+        other = {key: value for key, value in row.items() if key not in DTR_FIELDS}
+        question = question.replace(f" {REGION_PLACEHOLDER}", "").replace(REGION_PLACEHOLDER, "")
+    other["conversations"] = [
+        {"from": "human", "value": question},
+        {"from": "gpt", "value": answer_of(row)},
+    ]
+    return other
+
+
+def best_path(row):
+    """The path by the paper's own use: DTR where regions and geometry meet, LOR everywhere else."""
+    has_regions = mark_fields(row) or REGION_PLACEHOLDER in text_of(row)
+    return "dtr" if has_regions and GEOMETRY.search(question_of(row)) else "lor"
+
+
+# ----------------------------------------------------------------------------------------------
+# the check of a whole row
+
+
+def check_row(row):
+    """BadRow if the row cannot be used. Reads its pictures and depth."""
+    count = len(images_of(row))
+    sizes = []  # (W, H)
+    for i in range(count):
+        image = draw_marks(open_image(row, i), row, i)
+        sizes.append(image.size)
+    check_given_size(row, sizes)
+    placeholders = text_of(row).count(IMAGE_PLACEHOLDER)
+    if placeholders not in (0, count):
+        raise BadRow(
+            f"{row['source']}: field 'conversations': {placeholders} <image> for {count} images"
         )
     regions_of(row, sizes)
     for i, size in enumerate(sizes):
         open_depth(row, *size, i)
         intrinsics_of(row, *size, i)
-    answer, centers, _ = answer_of(row), centers_of(row), reference_frame(row)
+    answer = answer_of(row)
+    centers = centers_of(row)
+    reference_frame(row)
     try:
         total_reward("", answer, path_of(row), centers, count, question_of(row))
-    except ValueError as error:  # wrong ground truth
+    except ValueError as error:  # the ground truth is wrong
         raise BadRow(f"{row['source']}: field {error}") from None
+
+
+def check_given_size(row, sizes):
+    """BadRow where "image_hw" is not the size of any picture."""
+    if "image_hw" not in row or row["image_hw"] in [[height, width] for width, height in sizes]:
+        return
+    width, height = sizes[0]
+    raise BadRow(
+        f"{row['source']}: field 'image_hw': {row['image_hw']}, but the image is [H, W] = "
+        f"{[height, width]}: boxes in pixels would not fit"
+    )

@@ -20,25 +20,32 @@ import struct
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch.distributed as dist
+from common import REALDATA, ROOT, needs_real
 from PIL import Image
 
 import data
 import eval
-import model
-from benchmarks import __main__, scoring, tables
-from engine.settings import main
+from benchmarks import __main__ as benchmarks
+from benchmarks import scoring, tables
+from engine.checkpoint import load_model
+from engine.settings import run_main
 from formats import instances
 from formats.errors import BadRow, UserError
 from world import tiny
 
-HERE = Path(__file__).parent
-REAL = HERE.parent / "shared" / "realdata" / "qa"
-LETTERS = ["spar:position_matching", "embspatial:left", "sat:action", "blink:Counting", "cvbench:Count", "erqa:Pointing"]
+REAL = REALDATA / "qa"
+LETTERS = [
+    "spar:position_matching",
+    "embspatial:left",
+    "sat:action",
+    "blink:Counting",
+    "cvbench:Count",
+    "erqa:Pointing",
+]
 
 
 def score(bench, type, answer, response, **more):
@@ -559,7 +566,7 @@ def blink_row(i, answer="(A)", task="Spatial_Relation", **more):
 def test_spar(tmp_path):
     parquet(tmp_path / "data" / "test-00000-of-00002.parquet", spar_rows()[:2], group=1)
     parquet(tmp_path / "data" / "test-00001-of-00002.parquet", spar_rows()[2:])
-    rows = __main__.read("spar", [str(tmp_path)])
+    rows = benchmarks.read("spar", [str(tmp_path)])
     assert [(r["id"], r["index"], r["level"], instances.path_of(r)) for r in rows] == [
         ("10", 0, "low", "lor"),
         ("11", 1, "middle", "lor"),
@@ -567,7 +574,7 @@ def test_spar(tmp_path):
     ]
     assert instances.question_of(rows[0]) == "How deep?\nAnswer with a number."
     assert instances.question_of(rows[1]) == "Which? A. B.\nAnswer with the letter of the choice."
-    one, two = __main__.load(rows[0]), __main__.load(rows[1])
+    one, two = benchmarks.load(rows[0]), benchmarks.load(rows[1])
     assert "depth" not in one and instances.open_image(one).size == (40, 30)
     assert instances.open_image(one).getpixel((0, 0)) == (200, 30, 30)
     assert [instances.open_image(two, i).getpixel((0, 0)) for i in range(2)] == [
@@ -591,7 +598,7 @@ def test_spar_rgbd_depth_is_brought_to_the_size_of_the_picture(tmp_path):
             }
         ],
     )
-    row = __main__.load(__main__.read("spar", [str(path)])[0])
+    row = benchmarks.load(benchmarks.read("spar", [str(path)])[0])
     assert row["depth"].shape == (30, 40) and row["depth"].dtype == np.float32
     assert (
         np.isnan(row["depth"][:15, :20]).all() and (row["depth"][:15, 20:] == 1).all()
@@ -612,7 +619,7 @@ def test_spar_marks_are_regions_on_the_dtr_path(tmp_path):
         "blue_bbox": [[100, 200, 500, 1000]],
         "red_point": [[10, 500]],
     }
-    lor, dtr = __main__.read("spar", [str(parquet(tmp_path / "a.parquet", [row]))])
+    lor, dtr = benchmarks.read("spar", [str(parquet(tmp_path / "a.parquet", [row]))])
     assert (
         "<mask>" not in instances.question_of(lor)
         and dtr["3d_pos"] == {}
@@ -621,12 +628,12 @@ def test_spar_marks_are_regions_on_the_dtr_path(tmp_path):
     assert "(red point <mask>), how deep is the desk (blue bbox <mask>)?" in instances.question_of(
         dtr
     )
-    loaded = __main__.load(dtr)  # thousandths of 40 x 30; a point is 50 / 1000, clamped
+    loaded = benchmarks.load(dtr)  # thousandths of 40 x 30; a point is 50 / 1000, clamped
     assert instances.regions_of(loaded, [(40, 30)]) == [
         (0, pytest.approx([0, 14.25, 1.4, 15.75])),
         (0, [4, 6, 20, 30]),
     ]
-    drawn = np.asarray(instances.draw_marks(instances.open_image(__main__.load(lor)), lor))
+    drawn = np.asarray(instances.draw_marks(instances.open_image(benchmarks.load(lor)), lor))
     assert tuple(drawn[15, 0]) == (255, 0, 0) and tuple(drawn[6, 4]) == (0, 0, 255)
 
 
@@ -638,8 +645,8 @@ def test_spar_marks_in_two_pictures(tmp_path):
         "blue_point": [[100, 100]],
         "point_img_idx": [[1, 0]],
     }
-    _, dtr = __main__.read("spar", [str(parquet(tmp_path / "a.parquet", [row]))])
-    loaded = __main__.load(dtr)
+    _, dtr = benchmarks.read("spar", [str(parquet(tmp_path / "a.parquet", [row]))])
+    loaded = benchmarks.load(dtr)
     assert instances.regions_of(loaded, [(40, 30)] * 2) == [
         (1, pytest.approx([19, 14.25, 21, 15.75])),
         (0, pytest.approx([3, 2.25, 5, 3.75])),
@@ -648,7 +655,7 @@ def test_spar_marks_in_two_pictures(tmp_path):
 
 def test_embspatial(tmp_path):
     (tmp_path / "embspatial_bench.json").write_text(json.dumps([emb_row()]))
-    lor, dtr = __main__.read("embspatial", [str(tmp_path)])
+    lor, dtr = benchmarks.read("embspatial", [str(tmp_path)])
     assert lor["answer"] == "B" and lor["type"] == "left" and lor["id"] == "mp3d_0"
     assert instances.question_of(lor) == (
         "How is the chair placed relative to the lamp?\n(A) above\n(B) left of\n"
@@ -658,12 +665,12 @@ def test_embspatial(tmp_path):
         "Objects: chair (red bbox <mask>), lamp (blue bbox <mask>).\n(A) above"
         in instances.question_of(dtr)
     )
-    loaded = __main__.load(dtr)
+    loaded = benchmarks.load(dtr)
     assert instances.regions_of(loaded, [(40, 30)]) == [
         (0, pytest.approx([4, 6, 14, 18])),
         (0, pytest.approx([20, 3, 40, 12])),
     ]  # x + w clamped to 40
-    assert loaded["red_bbox"] == [[100, 200, 350, 600]] and "red_bbox" not in __main__.load(lor)
+    assert loaded["red_bbox"] == [[100, 200, 350, 600]] and "red_bbox" not in benchmarks.load(lor)
 
 
 def test_sat_is_shuffled_by_row_number(tmp_path):
@@ -679,18 +686,18 @@ def test_sat_is_shuffled_by_row_number(tmp_path):
         for i in range(30)
     ]
     path = parquet(tmp_path / "SAT_test.parquet", rows)
-    read = __main__.read("sat", [str(path)])
+    read = benchmarks.read("sat", [str(path)])
     assert [r["choices"][ord(r["answer"]) - 65] for r in read] == ["right"] * 30
     assert {r["answer"] for r in read} == set("ABC") and all(
         sorted(r["choices"]) == sorted(words) for r in read
     )
-    assert [r["choices"] for r in __main__.read("sat", [str(tmp_path)])] == [
+    assert [r["choices"] for r in benchmarks.read("sat", [str(tmp_path)])] == [
         r["choices"] for r in read
     ]
     assert f"(A) {read[0]['choices'][0]}\n(B) {read[0]['choices'][1]}" in instances.question_of(
         read[0]
     )
-    assert [len(instances.images_of(__main__.load(r))) for r in read[:2]] == [1, 2]
+    assert [len(instances.images_of(benchmarks.load(r))) for r in read[:2]] == [1, 2]
 
 
 def test_blink_cvbench_and_realworldqa(tmp_path):
@@ -701,7 +708,7 @@ def test_blink_cvbench_and_realworldqa(tmp_path):
             tmp_path / row["sub_task"] / "test-00000-of-00001.parquet",
             [{**row, "answer": "hidden"}],
         )
-    read = __main__.read("blink", [str(tmp_path)])
+    read = benchmarks.read("blink", [str(tmp_path)])
     assert [(r["id"], r["type"], r["answer"]) for r in read] == [
         ("val_Jigsaw_4", "Jigsaw", "(B)"),
         ("val_Spatial_Relation_1", "Spatial_Relation", "(A)"),
@@ -710,10 +717,10 @@ def test_blink_cvbench_and_realworldqa(tmp_path):
         instances.question_of(read[1])
         == rows[0]["prompt"] + "\nAnswer with the letter of the choice."
     )
-    assert [len(instances.images_of(__main__.load(row))) for row in read] == [2, 1]
-    assert instances.open_image(__main__.load(read[0]), 1).getpixel((0, 0)) == (0, 9, 0)
+    assert [len(instances.images_of(benchmarks.load(row))) for row in read] == [2, 1]
+    assert instances.open_image(benchmarks.load(read[0]), 1).getpixel((0, 0)) == (0, 9, 0)
     with pytest.raises(BadRow, match="row 0: field 'answer': 'hidden'"):
-        __main__.read("blink", [str(tmp_path / "Jigsaw" / "test-00000-of-00001.parquet")])
+        benchmarks.read("blink", [str(tmp_path / "Jigsaw" / "test-00000-of-00001.parquet")])
 
     row = {
         "idx": 7,
@@ -727,12 +734,12 @@ def test_blink_cvbench_and_realworldqa(tmp_path):
         "filename": "a.png",
         "source": "ADE20K",
     }
-    (one,) = __main__.read("cvbench", [str(parquet(tmp_path / "cv.parquet", [row]))])
+    (one,) = benchmarks.read("cvbench", [str(parquet(tmp_path / "cv.parquet", [row]))])
     assert (one["id"], one["level"], one["group"], one["type"]) == ("7", "2D", "ADE20K", "Count")
     assert scoring.score("cvbench", "2", one) == 1  # the words of choice B
 
     row = {"question": "Which way? A. left B. right", "answer": "A", "image": hf()}
-    two = __main__.read(
+    two = benchmarks.read(
         "realworldqa", [str(parquet(tmp_path / "rw.parquet", [row, {**row, "answer": "Yes"}]))]
     )
     assert [(r["id"], r["answer"]) for r in two] == [("0", "A"), ("1", "Yes")]
@@ -759,7 +766,7 @@ def test_erqa(packed, tmp_path):
         ],
         packed,
     )
-    one, two, three = __main__.read("erqa", [str(path)])
+    one, two, three = benchmarks.read("erqa", [str(path)])
     assert (
         instances.question_of(one)
         == "Here it is; where now?\nAnswer with the letter of the choice."
@@ -769,7 +776,9 @@ def test_erqa(packed, tmp_path):
         "Here it is; where now?<image><image><image><image>\n"
     )
     assert (one["id"], one["type"], one["answer"]) == ("0", "Pointing", "C")
-    assert [instances.open_image(__main__.load(two), i).getpixel((0, 0))[2] for i in range(3)] == [
+    assert [
+        instances.open_image(benchmarks.load(two), i).getpixel((0, 0))[2] for i in range(3)
+    ] == [
         1,
         2,
         0,
@@ -797,7 +806,7 @@ def test_spatialrgpt(tmp_path):
     (tmp_path / "a.png").write_bytes(picture())
     path = tmp_path / "bench.jsonl"
     path.write_text(json.dumps(rgpt_row()) + "\n")
-    lor, dtr = __main__.read("spatialrgpt", [str(path)])
+    lor, dtr = benchmarks.read("spatialrgpt", [str(path)])
     assert instances.question_of(lor) == (
         "Is Region [1] (blue bbox) left of Region [0] (red bbox)? Is Region [1]?\n"
         "Answer with yes or no."
@@ -806,14 +815,14 @@ def test_spatialrgpt(tmp_path):
         "Is Region [1] (blue bbox <mask>) left of Region [0] (red bbox <mask>)?"
     )
     assert (lor["level"], lor["type"]) == ("qualitative", "left_predicate")
-    loaded = __main__.load(dtr)
+    loaded = benchmarks.load(dtr)
     assert instances.regions_of(loaded, [(40, 30)]) == [
         (0, pytest.approx([20, 5, 40, 25])),  # in text order, clamped
         (0, pytest.approx([1, 2, 11, 12])),
     ]
     assert (
         loaded["red_bbox"]
-        == __main__.load(lor)["red_bbox"]
+        == benchmarks.load(lor)["red_bbox"]
         == [pytest.approx([25, 2000 / 30, 275, 400])]
     )
 
@@ -837,13 +846,13 @@ def test_run_length_masks_give_their_box():
     edges = np.flatnonzero(np.diff(flat)) + 1
     counts = [int(n) for n in np.diff([0, *edges, flat.size])]
     for form in (counts, coco_text(counts)):
-        assert __main__.rle_box({"source": "x"}, {"size": [30, 40], "counts": form}) == [
+        assert benchmarks.rle_box({"source": "x"}, {"size": [30, 40], "counts": form}) == [
             8,
             5,
             34,
             22,
         ]
-    assert __main__.rle_box({}, {"size": [9, 7], "counts": "1" + coco_text([62])}) == [
+    assert benchmarks.rle_box({}, {"size": [9, 7], "counts": "1" + coco_text([62])}) == [
         0,
         0,
         7,
@@ -878,7 +887,7 @@ def test_vsi(tmp_path):
             )
         )
     )
-    one, two = __main__.read("vsi", [str(tmp_path / "t.jsonl")])
+    one, two = benchmarks.read("vsi", [str(tmp_path / "t.jsonl")])
     assert (one["level"], two["level"], two["answer"]) == ("choice", "number", "26.4")
     assert scoring.score("vsi", "table", one) == scoring.score("vsi", "26.4", two) == 1
 
@@ -886,7 +895,7 @@ def test_vsi(tmp_path):
 def test_ids_that_repeat_give_way_to_row_numbers(tmp_path):
     path = tmp_path / "embspatial.json"
     path.write_text(json.dumps([emb_row(), emb_row(question_id="b"), emb_row()]))
-    assert [r["id"] for r in __main__.read("embspatial", [str(path)])] == [
+    assert [r["id"] for r in benchmarks.read("embspatial", [str(path)])] == [
         "0",
         "0",
         "1",
@@ -942,13 +951,13 @@ def test_a_bad_row_is_named(bench, row, names, tmp_path, capsys):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([good, row]))
     with pytest.raises(BadRow) as error:
-        __main__.read(bench, [str(path)])
+        benchmarks.read(bench, [str(path)])
     assert (
         f"{path}: row 1" in str(error.value)
         and names in str(error.value)
         and "\n" not in str(error.value)
     )
-    assert {r["index"] for r in __main__.read(bench, [str(path)], skip_bad_rows=True)} == {0}
+    assert {r["index"] for r in benchmarks.read(bench, [str(path)], skip_bad_rows=True)} == {0}
     assert "1 of 2 rows skipped" in capsys.readouterr().out
 
 
@@ -956,22 +965,22 @@ def test_bad_pictures_and_files_are_named(tmp_path):
     row = emb_row(image=base64.b64encode(picture()[:60]).decode())
     (tmp_path / "rows.json").write_text(json.dumps([row]))
     with pytest.raises(BadRow, match="row 0: field 'image': unreadable"):
-        __main__.load(__main__.read("embspatial", [str(tmp_path / "rows.json")])[0])
+        benchmarks.load(benchmarks.read("embspatial", [str(tmp_path / "rows.json")])[0])
     with pytest.raises(BadRow, match="no such file"):
-        __main__.read("embspatial", [str(tmp_path / "nothing.json")])
+        benchmarks.read("embspatial", [str(tmp_path / "nothing.json")])
     with pytest.raises(BadRow, match="embspatial"):
-        __main__.read("embspatial", [str(tmp_path)])  # a folder without such a file
+        benchmarks.read("embspatial", [str(tmp_path)])  # a folder without such a file
     pytest.importorskip("pyarrow")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(BadRow, match="cut.parquet: not a parquet file"):
-        __main__.read("sat", [str(tmp_path / "cut.parquet")])
+        benchmarks.read("sat", [str(tmp_path / "cut.parquet")])
 
 
 def test_without_pyarrow_the_error_says_so(tmp_path, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(BadRow, match="a.parquet: .*pip install pyarrow"):
-        __main__.read("sat", [str(tmp_path / "a.parquet")])
+        benchmarks.read("sat", [str(tmp_path / "a.parquet")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -982,7 +991,7 @@ def test_without_pyarrow_the_error_says_so(tmp_path, monkeypatch):
 def world(tmp_path_factory):
     """A folder with a tiny model of random weights and eight EmbSpatial rows, two of them without boxes."""
     folder = tmp_path_factory.mktemp("bench")
-    model, tokenizer, processor = tiny.new_model("tiny", 0)
+    model, tokenizer, processor = tiny.new_model("tiny", 0, data.PROMPTS.values())
     for part in (model, tokenizer, processor):
         part.save_pretrained(folder / "model")
     rows = [
@@ -1000,12 +1009,12 @@ def world(tmp_path_factory):
 
 
 def settings(world, **more):
-    values = dict(
-        model=str(world / "model"),
-        data=[str(world / "rows.json")],
-        bench="embspatial",
-        max_new_tokens=4,
-    )
+    values = {
+        "model": str(world / "model"),
+        "data": [str(world / "rows.json")],
+        "bench": "embspatial",
+        "max_new_tokens": 4,
+    }
     return eval.Settings(**{**values, "batch": 3, **more})
 
 
@@ -1019,7 +1028,7 @@ def alone():
 @pytest.fixture(scope="module")
 def answered(world):
     """The JSON and the JSON lines of a run over all rows and both paths."""
-    __main__.main(settings(world, json=str(world / "all.json")))
+    benchmarks.main(settings(world, json=str(world / "all.json")))
     dist.destroy_process_group()
     return json.loads((world / "all.json").read_text()), (world / "all.jsonl").read_text()
 
@@ -1063,9 +1072,9 @@ def test_a_killed_run_goes_on_where_it_was(world, answered, alone, monkeypatch):
         "\n".join(half[:7]) + "\n" + half[7][:40]
     )  # a line torn in two
     asked = []
-    load = __main__.load
+    load = benchmarks.load
     monkeypatch.setattr(benchmarks, "load", lambda row: asked.append(row["id"]) or load(row))
-    __main__.main(settings(world, json=str(world / "half.json"), batch=2))
+    benchmarks.main(settings(world, json=str(world / "half.json"), batch=2))
     again = json.loads((world / "half.json").read_text())["responses"]
     assert (
         len(asked) == 14 - 6
@@ -1084,19 +1093,19 @@ def test_a_killed_run_goes_on_where_it_was(world, answered, alone, monkeypatch):
 def test_responses_of_another_run_are_not_mixed_in(world, answered, alone):
     (world / "other.jsonl").write_text(answered[1])
     with pytest.raises(UserError, match="other.jsonl.*max_new_tokens"):
-        __main__.main(settings(world, json=str(world / "other.json"), max_new_tokens=7))
+        benchmarks.main(settings(world, json=str(world / "other.json"), max_new_tokens=7))
     (world / "other.jsonl").write_text(
         answered[1].replace("How is the chair", "Where is the chair")
     )
     with pytest.raises(UserError, match="other.jsonl.*question q0"):
-        __main__.main(settings(world, json=str(world / "other.json")))
+        benchmarks.main(settings(world, json=str(world / "other.json")))
     (world / "other.jsonl").write_text("no JSON\n")
     with pytest.raises(UserError, match="other.jsonl.*cannot be read"):
-        __main__.main(settings(world, json=str(world / "other.json")))
-    model = model.load_model(str(world / "model"))[0]
-    before = __main__.fingerprint(model)
+        benchmarks.main(settings(world, json=str(world / "other.json")))
+    model = load_model(str(world / "model"))[0]
+    before = benchmarks.fingerprint(model)
     model.model.language_model.norm.weight.data[0] += 1e-6
-    assert __main__.fingerprint(model) != before
+    assert benchmarks.fingerprint(model) != before
 
 
 def test_the_automatic_path_is_dtr_where_there_are_regions_and_geometry(
@@ -1104,7 +1113,7 @@ def test_the_automatic_path_is_dtr_where_there_are_regions_and_geometry(
 ):
     (world / "auto.jsonl").write_text(answered[1])  # all answered before
     monkeypatch.setattr(benchmarks, "load", None)
-    __main__.main(settings(world, json=str(world / "auto.json"), path="auto"))
+    benchmarks.main(settings(world, json=str(world / "auto.json"), path="auto"))
     found = json.loads((world / "auto.json").read_text())
     assert [r["path"] for r in found["responses"]] == [
         "lor" if i in (3, 6) else "dtr" for i in range(8)
@@ -1123,14 +1132,14 @@ def test_several_pictures_and_depth_reach_the_model(world, tmp_path, alone):
         for row in spar_rows()
     ]
     path = parquet(tmp_path / "a.parquet", rows)
-    tokenizer, processor = model.load_model(str(world / "model"))[1:]
+    tokenizer, processor = load_model(str(world / "model"))[1:]
     samples = [
-        data.encode(__main__.load(row), tokenizer, processor, train=False)
-        for row in __main__.read("spar", [str(path)])
+        data.encode(benchmarks.load(row), tokenizer, processor, train=False)
+        for row in benchmarks.read("spar", [str(path)])
     ]
     assert [len(sample["image_grid_thw"]) for sample in samples] == [1, 2, 2]
     assert all(np.isfinite(sample["points"].numpy()).all() for sample in samples)
-    __main__.main(settings(world, bench="spar", data=[str(path)], json=str(tmp_path / "a.json")))
+    benchmarks.main(settings(world, bench="spar", data=[str(path)], json=str(tmp_path / "a.json")))
     found = json.loads((tmp_path / "a.json").read_text())
     assert [r["id"] for r in found["responses"]] == ["10", "11", "12"]
 
@@ -1159,7 +1168,8 @@ def test_two_processes_give_what_one_gives(world, answered):
     ]
     done = subprocess.run(
         list(map(str, command)),
-        cwd=HERE,
+        cwd=ROOT,
+        check=False,
         capture_output=True,
         text=True,
         timeout=300,
@@ -1185,7 +1195,7 @@ def lines_file(path, *lines):
 
 
 def scored(world, path, **more):
-    __main__.main(settings(world, score=path, json=str(world / "scored.json"), **more))
+    benchmarks.main(settings(world, score=path, json=str(world / "scored.json"), **more))
     return json.loads((world / "scored.json").read_text())
 
 
@@ -1237,30 +1247,36 @@ def test_scoring_responses_made_elsewhere(world, tmp_path, capsys):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (dict(lines=[{"id": "q9", "response": "A"}]), "r.jsonl: row 0: field 'id': 'q9'"),
-        (dict(lines=[{"id": "q3", "response": "A", "path": "dtr"}]), "'q3' on the path 'dtr'"),
-        (dict(lines=[{"id": "q1", "response": "A"}] * 2), "row 1: .* there twice"),
-        (dict(lines=[{"id": "q1"}]), "row 0: field 'response'"),
-        (dict(lines=[{"id": "q1", "response": 3}]), "'response'"),
-        (dict(lines=[{"id": "q1", "response": "A", "choices": ["up"]}]), "row 0: field 'choices'"),
-        (dict(lines=[{"id": "q1", "response": "A"}], data=[]), "row 0: field 'answer'"),
+        ({"lines": [{"id": "q9", "response": "A"}]}, "r.jsonl: row 0: field 'id': 'q9'"),
+        ({"lines": [{"id": "q3", "response": "A", "path": "dtr"}]}, "'q3' on the path 'dtr'"),
+        ({"lines": [{"id": "q1", "response": "A"}] * 2}, "row 1: .* there twice"),
+        ({"lines": [{"id": "q1"}]}, "row 0: field 'response'"),
+        ({"lines": [{"id": "q1", "response": 3}]}, "'response'"),
+        ({"lines": [{"id": "q1", "response": "A", "choices": ["up"]}]}, "row 0: field 'choices'"),
+        ({"lines": [{"id": "q1", "response": "A"}], "data": []}, "row 0: field 'answer'"),
         (
-            dict(
-                lines=[{"response": "A", "answer": "A", "type": "Count"}], data=[], bench="cvbench"
-            ),
+            {
+                "lines": [{"response": "A", "answer": "A", "type": "Count"}],
+                "data": [],
+                "bench": "cvbench",
+            },
             "'group'",
         ),
         (
-            dict(lines=[{"response": "A", "answer": "A", "type": "Colour"}], data=[], bench="vsi"),
+            {
+                "lines": [{"response": "A", "answer": "A", "type": "Colour"}],
+                "data": [],
+                "bench": "vsi",
+            },
             "'Colour'",
         ),
-        (dict(lines=[{"run": {}}]), "nothing to score"),
-        (dict(score="no.jsonl"), "no.jsonl: no such file"),
-        (dict(bench="spatial"), "--bench spatial: needs one of spar, embspatial"),
-        (dict(bench="vsi"), "only scored"),
-        (dict(data=[]), "--bench embspatial: needs --data"),
-        (dict(temperature=0.5), "greedy"),
-        (dict(data=["no/such"]), "no/such: no such file"),
+        ({"lines": [{"run": {}}]}, "nothing to score"),
+        ({"score": "no.jsonl"}, "no.jsonl: no such file"),
+        ({"bench": "spatial"}, "--bench spatial: needs one of spar, embspatial"),
+        ({"bench": "vsi"}, "only scored"),
+        ({"data": []}, "--bench embspatial: needs --data"),
+        ({"temperature": 0.5}, "greedy"),
+        ({"data": ["no/such"]}, "no/such: no such file"),
     ],
 )
 def test_mistakes_are_one_line(more, message, world, tmp_path, alone):
@@ -1268,7 +1284,7 @@ def test_mistakes_are_one_line(more, message, world, tmp_path, alone):
     if lines:
         more["score"] = lines_file(tmp_path / "r.jsonl", *lines)
     with pytest.raises((UserError, BadRow), match=message) as error:
-        __main__.main(settings(world, **more))
+        benchmarks.main(settings(world, **more))
     assert "\n" not in str(error.value)
 
 
@@ -1276,14 +1292,14 @@ def test_eval_hands_over_to_the_benchmarks(world, tmp_path, monkeypatch, capsys)
     path = lines_file(tmp_path / "r.jsonl", {"id": "q0", "response": "A"})
     words = ["--bench", "embspatial", "--score", path, "--data", str(world / "rows.json")]
     monkeypatch.setattr(sys, "argv", ["eval.py", *words])
-    main(eval.main)
+    run_main(eval.main)
     assert (
         "overall" in capsys.readouterr().out
-        and not (HERE / "out" / "bench_embspatial.json").exists()
+        and not (ROOT / "out" / "bench_embspatial.json").exists()
     )
     monkeypatch.setattr(sys, "argv", ["eval.py", "--score", path])
     with pytest.raises(SystemExit) as end:
-        main(eval.main)
+        run_main(eval.main)
     assert end.value.code == 2 and capsys.readouterr().err.startswith("error: --bench")
 
 
@@ -1291,18 +1307,13 @@ def test_eval_hands_over_to_the_benchmarks(world, tmp_path, monkeypatch, capsys)
 # real rows
 
 
-needs_real = pytest.mark.skipif(
-    not REAL.exists(), reason="no shared/realdata/qa beside the repository"
-)
-
-
 def count(name, rows):
     print(f"{name}: {len(rows)} rows")
 
 
-@needs_real
+@needs_real("qa")
 def test_real_erqa(tmp_path):
-    rows = __main__.read("erqa", [str(REAL / "ERQA")])
+    rows = benchmarks.read("erqa", [str(REAL / "ERQA")])
     assert [(r["answer"], r["type"]) for r in rows] == [
         ("A", "Trajectory Reasoning"),
         ("C", "Action Reasoning"),
@@ -1310,7 +1321,7 @@ def test_real_erqa(tmp_path):
     ]
     questions = (REAL / "ERQA" / "custom_test_questions.txt").read_text()
     assert all(instances.question_of(r).splitlines()[0] in questions for r in rows)
-    assert [instances.open_image(__main__.load(r)).size for r in rows] == [
+    assert [instances.open_image(benchmarks.load(r)).size for r in rows] == [
         (960, 1280),
         (1280, 705),
         (1280, 933),
@@ -1332,12 +1343,12 @@ def test_real_erqa(tmp_path):
             for r in more
         ],
     )
-    again = __main__.read("erqa", [str(path)])
+    again = benchmarks.read("erqa", [str(path)])
     assert [r["prompt"] for r in again] == ["<image>" + r["question"] for r in more]
     count("ERQA", rows + again)
 
 
-@needs_real
+@needs_real("qa")
 def test_real_blink(tmp_path):
     folder = REAL / "BLINK_Spatial_Relation"
     answers = json.loads((folder / "val_answers.json").read_text())
@@ -1355,20 +1366,20 @@ def test_real_blink(tmp_path):
                 "path": None,
             },
         }
-        for r in csv.DictReader(open(folder / "prompt.csv"))
+        for r in csv.DictReader((folder / "prompt.csv").read_text().splitlines())
     ]
-    read = __main__.read(
+    read = benchmarks.read(
         "blink", [str(parquet(tmp_path / "val-00000-of-00001.parquet", rows, group=7))]
     )
     assert [r["id"] for r in read] == [r["idx"] for r in rows] and len(read) == len(answers) > 10
     for row in read:
         original = Image.open(folder / "orig_images" / f"{row['id']}.jpg")
-        assert instances.open_image(__main__.load(row)).size == original.size
+        assert instances.open_image(benchmarks.load(row)).size == original.size
         assert scoring.score("blink", {"(A)": "yes", "(B)": "no"}[row["answer"]], row) == 1
     count("BLINK", read)
 
 
-@needs_real
+@needs_real("qa")
 def test_real_spatialrgpt(tmp_path):
     rows = list(
         map(
@@ -1391,7 +1402,7 @@ def test_real_spatialrgpt(tmp_path):
             for r in rows
         ),
     )
-    read = __main__.read("spatialrgpt", [path])  # every real answer is right by its own rule
+    read = benchmarks.read("spatialrgpt", [path])  # every real answer is right by its own rule
     assert [r["level"] for r in read] == [r["qa_type"] for r in rows] and len(read) == 72
     verdicts = {
         r["id"]: scoring.verdict(r["ground_truth"])
@@ -1420,7 +1431,7 @@ def test_real_spatialrgpt(tmp_path):
     count("SpatialRGPT-Bench", read)
 
 
-@needs_real
+@needs_real("qa")
 def test_real_vsi(tmp_path):
     rows = []
     for file in sorted((REAL / "VSI-Bench_meta_info").glob("*.json")):
@@ -1443,7 +1454,7 @@ def test_real_vsi(tmp_path):
                     "ground_truth": str(round(info["room_size"], 1)),
                 }
             )
-    read = __main__.read("vsi", [lines_file(tmp_path / "vsi.jsonl", *rows)])
+    read = benchmarks.read("vsi", [lines_file(tmp_path / "vsi.jsonl", *rows)])
     assert [r["answer"] for r in read] == [r["ground_truth"] for r in rows] and {
         r["level"] for r in read
     } == {"number"}

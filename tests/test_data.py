@@ -17,11 +17,11 @@ import math
 import re
 import statistics
 from decimal import ROUND_HALF_UP, Decimal
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from common import REALDATA, needs_real
 from PIL import Image
 
 import data
@@ -30,9 +30,10 @@ import rewards
 import sft
 from formats import instances, scenes
 from formats.errors import BadRow
+from model import decode
 from world import questions, raycast, sources, tiny, transfer
 
-REAL = Path(__file__).parent.parent / "shared" / "realdata" / "scenes" / "scenes.jsonl"
+REAL = REALDATA / "scenes" / "scenes.jsonl"
 SEEDS, NUMERIC = range(60), ("depth", "move", "distance", "count")
 REGION = ["depth", "move", "distance", "nearer", "axis", "closer"]
 GENERAL = ["count", "exist", "color", "shape", "more"]
@@ -53,7 +54,7 @@ def asked(world):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny.new_model("tiny", 0)[1]
+    return tiny.new_model("tiny", 0, data.PROMPTS.values())[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -438,7 +439,7 @@ def test_the_words_of_the_language_path_fit_the_geometry(asked):
         (["very near", "near", "at middle range", "far", "very far"], depths),
     ):
         assert set(scale) == set(words) and all(
-            max(scale[one]) < min(scale[two]) for one, two in zip(words, words[1:])
+            max(scale[one]) < min(scale[two]) for one, two in itertools.pairwise(words)
         )
 
 
@@ -541,19 +542,19 @@ def test_annotators_overlook_the_smallest_object_of_many_scenes_and_only_the_col
     right = {seed: len(raycast.make_scene(seed, 96).objects) for seed in range(100)}
     for path in ("lor", "dtr"):
         world = {
-            flag: sources.World(path, ["count"], 0, 100, 1, 96, flag) for flag in (False, True)
+            flag: sources.WorldRows(path, ["count"], 0, 100, 1, 96, flag) for flag in (False, True)
         }
         assert counts(world[False][i] for i in range(100)) == right
         assert counts(world[True][i] for i in range(100)) == {
             s: n - (s in missing) for s, n in right.items()
         }
-    sources = [rows for _, rows, _ in sources.cold_start_blend(10, 20, 0, 96)]
-    sources += [rows for _, stage in sources.perception_stages(20, 0, 96) for _, rows, _ in stage]
-    assert all(rows.annotated for rows in sources)
+    blends = [rows for _, rows, _ in sources.cold_start_blend(10, 20, 0, 96)]
+    blends += [rows for _, stage in sources.perception_stages(20, 0, 96) for _, rows, _ in stage]
+    assert all(rows.annotated for rows in blends)
     assert not any(rows.annotated for _, rows, _ in sources.rl_blend(4, 0, 96))
 
 
-@pytest.mark.skipif(not REAL.is_file(), reason="no real pictures here")
+@needs_real("scenes/scenes.jsonl")
 def test_real_scenes_yield_the_same_questions():
     tasks = collections.Counter()
     for scene in scenes.load_scenes(REAL):
@@ -589,7 +590,7 @@ def test_text_survives_the_tokenizer_and_digits_are_single_tokens(asked, tokeniz
             assert sum(c.isdigit() for c in tokenizer.decode([token])) <= 1
         response = torch.tensor([tokenizer(target + "<|im_end|>")["input_ids"]])
         stop = {tokenizer.convert_tokens_to_ids("<|im_end|>")}
-        assert model.decode(tokenizer, response, torch.ones_like(response), stop) == (
+        assert decode(tokenizer, response, torch.ones_like(response), stop) == (
             [target],
             [True],
         )
@@ -615,7 +616,7 @@ def test_prompts_hold_the_question_one_pad_a_merged_patch_and_the_target_with_it
         **row,
         "conversations": talk(question, "blue cube"),
     }  # no chain of thought in the target: none asked for
-    assert data.FIRST not in tokenizer.decode(
+    assert data.FIRST_SENTENCE not in tokenizer.decode(
         data.encode(plain, tokenizer, processor, train=True)["prompt"]
     )
 
@@ -692,7 +693,7 @@ def test_a_blend_is_fixed_by_position_and_shards_cover_it():
 
 
 def test_rl_asks_no_question_twice_and_evaluation_asks_as_many_of_each_family():
-    blend = data.Blend(sources.rl_blend(20, first=10**8, size=96), 0)
+    blend = data.Blend(sources.rl_blend(20, first_scene=10**8, size=96), 0)
     ids = [blend[p]["id"] for p in range(len(blend))]
     assert len(set(ids)) == len(ids) == 200
     rows = sources.held_out(22, 96)

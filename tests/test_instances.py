@@ -20,23 +20,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import REALDATA, make_learner, needs_real, with_advantages
 from PIL import Image
 from test_model import NEVER, gradients, make_model, make_processor, make_tokenizer, one_by_one
 
 import data
 import eval
 import grpo
-import model
 import rewards
 import sft
 from engine import distributed
 from engine.shared_prefix import rollout, token_logprobs
 from formats import files, instances
 from formats.errors import BadRow
+from model import token_rules
 from tools import check
 from world import sources
 
-PAIRS = Path(__file__).parent.parent / "shared" / "realdata" / "multiview" / "pairs.jsonl"
+PAIRS = REALDATA / "multiview" / "pairs.jsonl"
 CPU, SIZES = torch.device("cpu"), [(48, 64), (32, 48), (64, 32)]  # height, width
 PATCH, MERGE = 8, 2
 
@@ -336,18 +337,11 @@ def test_T13_rollout_features_and_gradients_of_several_images_equal_a_plain_forw
     )
     model, banned = (
         make_model(tokenizer),
-        model.token_rules(make_model(tokenizer), tokenizer, CPU)[1],
+        token_rules(make_model(tokenizer), tokenizer, CPU)[1],
     )
-    groups = grpo.sample_groups(
-        model,
-        rows,
-        tokenizer,
-        make_processor(),
-        (stop, banned),
-        settings,
-        torch.Generator().manual_seed(0),
-        CPU,
-    )
+    generator = torch.Generator().manual_seed(0)
+    learner = make_learner(model, tokenizer, make_processor(), (stop, banned), generator)
+    groups = with_advantages(grpo.sample_groups(learner, rows, settings, grpo.whole_reward))
     assert [len(g["features"]["merged"]) for g in groups] == [3, 1, 2]
     model.train()
     for order in ([0, 1, 2], [2, 0], [1]):
@@ -493,7 +487,9 @@ def memory():
     """This process's own memory, without mapped files, in MiB."""
     return (
         next(
-            int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith("RssAnon")
         )
         / 1024
     )
@@ -638,7 +634,7 @@ def test_rows_are_checked_on_use_and_skipped_ones_counted_and_listed(write, caps
 
 def test_a_bad_row_that_a_loader_process_meets_is_one_line(write, tokenizer):
     rows = files.Rows(write([GOOD] * 3 + [{**GOOD, "image": "b.png"}]))
-    dataset = sft.Encoded(rows, tokenizer, make_processor())
+    dataset = sft.EncodedRows(rows, tokenizer, make_processor())
     loader = torch.utils.data.DataLoader(
         dataset, sampler=[0, 1, 2, 3], num_workers=1, collate_fn=list
     )
@@ -709,7 +705,7 @@ def test_the_check_finds_each_planted_fault(case, write, capsys):
     change, field, words = FAULTS[case]
     row = {key: value for key, value in {**GOOD, **change}.items() if value is not None}
     path = write([GOOD, row, GOOD])
-    count = check.check(["check", path])
+    count = check.check([path])
     out = capsys.readouterr().out
     if field is None:
         assert count == 0 and "0 problems" in out
@@ -737,7 +733,7 @@ def test_the_check_reports_counts_lengths_and_the_first_twenty_problems(
     monkeypatch.setattr(
         torch.distributed, "destroy_process_group", lambda: None
     )  # the other tests need it
-    monkeypatch.setattr(sys, "argv", ["data.py", "check", path])
+    monkeypatch.setattr(sys, "argv", ["check.py", path])
     with pytest.raises(SystemExit) as end:
         check.main()
     out = capsys.readouterr().out
@@ -753,7 +749,7 @@ def test_the_check_reports_counts_lengths_and_the_first_twenty_problems(
     (tokens,) = [line.split()[1:] for line in out.splitlines() if line.startswith("  tokens")]
     assert tokens == [str(min(lengths)), str(max(lengths)), str(max(lengths)), "30"]
     assert "depth, median of an image, m" in out and "        2" in out
-    monkeypatch.setattr(sys, "argv", ["data.py", "check", write([GOOD])])
+    monkeypatch.setattr(sys, "argv", ["check.py", write([GOOD])])
     with pytest.raises(SystemExit) as end:
         check.main()
     assert end.value.code == 0
@@ -843,15 +839,18 @@ def test_agreement_and_oracle_by_hand():
 # real pictures
 
 
-@pytest.mark.skipif(not PAIRS.is_file(), reason="no real pictures here")
+@needs_real("multiview/pairs.jsonl")
 def test_two_real_views_give_one_instance_whose_truth_fits_both(tmp_path, texts):
     rows = []
-    for line in open(PAIRS):
+    for line in PAIRS.read_text().splitlines():
         pair = json.loads(line)
         views, (fx, _, cx), (_, fy, cy) = [pair["source"], pair["target"]], *pair["K"][:2]
         depth = np.asarray(Image.open(PAIRS.parent / views[0]["depth"])) / 1000
         depth[depth > 20] = 0  # 65535: no measurement
-        around = lambda v, u: depth[v - 9 : v + 9, u - 9 : u + 9]
+
+        def around(v, u, depth=depth):
+            return depth[v - 9 : v + 9, u - 9 : u + 9]
+
         spots = [
             (v, u)
             for v in range(120, 360, 20)
@@ -889,7 +888,7 @@ def test_two_real_views_give_one_instance_whose_truth_fits_both(tmp_path, texts)
             }
         )
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
-    assert check.check(["check", f"{tmp_path}/pairs.json"]) == 0
+    assert check.check([f"{tmp_path}/pairs.json"]) == 0
     for row, read in zip(rows, files.Rows(f"{tmp_path}/pairs.json"), strict=True):
         sample = data.encode(read, *texts, train=False)
         assert len(sample["image_grid_thw"]) == 2 and sample["regions"].shape[0] == 1

@@ -27,10 +27,23 @@ from transformers import (
 )
 
 import data
-import model
 from engine import checkpoint, distributed, shared_prefix
+from engine.checkpoint import load_model
 from engine.shared_prefix import rollout, token_logprobs
-from model import RegionVLM, point_map, region_weights, to_patches
+from model import (
+    BANDS,
+    POINT_DIM,
+    REGION_TOKEN,
+    SPECIAL_TOKENS,
+    UNIT,
+    RegionVLM,
+    decode,
+    join_features,
+    point_map,
+    region_weights,
+    split_features,
+    to_patches,
+)
 
 PATCH, MERGE, NEVER = 8, 2, torch.tensor([], dtype=torch.long)
 MARKS = ["red bbox", "blue bbox", "green bbox"]
@@ -44,7 +57,7 @@ def process_group():
     dist.destroy_process_group()
 
 
-def make_tokenizer(special=tuple(model.SPECIAL_TOKENS)):
+def make_tokenizer(special=tuple(SPECIAL_TOKENS)):
     texts = [
         *data.PROMPTS.values(),
         "red bbox, blue bbox and green bbox. 0123456789 How far is it? user assistant\n",
@@ -70,33 +83,36 @@ def make_processor():
 def make_config(tokenizer, **more):
     ids = tokenizer.convert_tokens_to_ids
     return Qwen3VLConfig(
-        vision_config=dict(
-            hidden_size=32,
-            depth=3,
-            intermediate_size=48,
-            num_heads=2,
-            patch_size=PATCH,
-            spatial_merge_size=MERGE,
-            temporal_patch_size=2,
-            out_hidden_size=48,
-            deepstack_visual_indexes=[0, 1],
-            num_position_embeddings=36,
-        ),
-        text_config=dict(
-            hidden_size=48,
-            num_hidden_layers=3,
-            intermediate_size=64,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            vocab_size=len(tokenizer) + 8,
-            tie_word_embeddings=True,
-            max_position_embeddings=1024,
-            pad_token_id=tokenizer.pad_token_id,
-            rope_parameters=dict(
-                rope_type="default", rope_theta=1e4, mrope_interleaved=True, mrope_section=[4, 2, 2]
-            ),
-        ),
+        vision_config={
+            "hidden_size": 32,
+            "depth": 3,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "out_hidden_size": 48,
+            "deepstack_visual_indexes": [0, 1],
+            "num_position_embeddings": 36,
+        },
+        text_config={
+            "hidden_size": 48,
+            "num_hidden_layers": 3,
+            "intermediate_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "vocab_size": len(tokenizer) + 8,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 1024,
+            "pad_token_id": tokenizer.pad_token_id,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_interleaved": True,
+                "mrope_section": [4, 2, 2],
+            },
+        },
         tie_word_embeddings=True,
         image_token_id=ids("<|image_pad|>"),
         video_token_id=ids("<|video_pad|>"),
@@ -118,9 +134,7 @@ def randomize(model, seed):
 
 
 def make_model(tokenizer, seed=0, dtype=torch.float64):
-    config = make_config(
-        tokenizer, region_token_id=tokenizer.convert_tokens_to_ids(model.REGION_TOKEN)
-    )
+    config = make_config(tokenizer, region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN))
     model = randomize(RegionVLM(config), seed)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model.to(dtype).eval()
@@ -226,25 +240,23 @@ def greedy(model, sample, tokenizer, banned, steps):
 
 def test_T18_a_checkpoint_that_trained_with_dropout_is_scored_without(tmp_path):
     tokenizer = make_tokenizer()
-    config = make_config(
-        tokenizer, region_token_id=tokenizer.convert_tokens_to_ids(model.REGION_TOKEN)
-    )
+    config = make_config(tokenizer, region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN))
     config.text_config.attention_dropout = 0.5
     for part in (randomize(RegionVLM(config), 0), tokenizer, make_processor()):
         part.save_pretrained(tmp_path)
-    model, ids = model.load_model(str(tmp_path))[0], torch.arange(20, 40)[None]
+    model, ids = load_model(str(tmp_path))[0], torch.arange(20, 40)[None]
     with torch.no_grad():
         assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
 
 
 def test_T32_a_stock_checkpoint_loads_as_the_stock_model(tmp_path):
     tokenizer = make_tokenizer(
-        [token for token in model.SPECIAL_TOKENS if token != model.REGION_TOKEN]
+        [token for token in SPECIAL_TOKENS if token != REGION_TOKEN]
     )  # stock: has no <mask>
     stock = randomize(Qwen3VLForConditionalGeneration(make_config(tokenizer)), 0).eval()
     for part in (stock, tokenizer, make_processor()):
         part.save_pretrained(tmp_path)
-    ours, tokenizer, processor = model.load_model(str(tmp_path))
+    ours, tokenizer, processor = load_model(str(tmp_path))
     for parameter in ours.point_embed.fc2.parameters():
         assert torch.equal(parameter, torch.zeros_like(parameter))
     assert ours.region_proj.weight.std() > 0.01 and ours.point_embed.fc1.weight.std() > 0.01
@@ -276,7 +288,7 @@ def test_a_saved_model_loads_bit_identical(way, tokenizer, samples, tmp_path):
     model = make_model(tokenizer, 5, torch.float32)
     if way == "run.save_model":
         checkpoint.save_model(model, tokenizer, make_processor(), str(tmp_path))
-        loaded, again, _ = model.load_model(str(tmp_path))
+        loaded, again, _ = load_model(str(tmp_path))
         assert again.get_vocab() == tokenizer.get_vocab()
     else:
         model.save_pretrained(tmp_path)
@@ -328,10 +340,10 @@ def test_to_patches_has_the_patch_order_of_the_stock_image_processor():
 
 def hand_encoding(depth, camera):
     """x, sin 2^k x, cos 2^k x of a pixel's three coordinates, in UNITs, float64 -> (H, W, POINT_DIM)."""
-    (fx, fy, cx, cy), bands = camera, range(model.BANDS)
-    out = np.full((*depth.shape, model.POINT_DIM), np.nan)
+    (fx, fy, cx, cy), bands = camera, range(BANDS)
+    out = np.full((*depth.shape, POINT_DIM), np.nan)
     for v, u in zip(*np.nonzero(np.isfinite(depth))):
-        z = float(depth[v, u]) / model.UNIT
+        z = float(depth[v, u]) / UNIT
         out[v, u] = [
             f
             for x in ((u + 0.5 - cx) / fx * z, (v + 0.5 - cy) / fy * z, z)
@@ -520,7 +532,7 @@ def test_T15_T16_T17_several_stop_ids_ragged_ends_and_cut_responses(
         assert tokens[i, :length].tolist() == response[:length]
         expected, _ = one_by_one(exact, samples[i], response[:length], tokenizer, banned)
         torch.testing.assert_close(logprobs[i, :length].double(), expected, rtol=0, atol=1e-5)
-    texts, ended = model.decode(tokenizer, tokens, mask, stops)
+    texts, ended = decode(tokenizer, tokens, mask, stops)
     assert ended == [response[length - 1] in stops for response, length in zip(full, lengths)]
     assert texts == [tokenizer.decode(r[: n - end]) for r, n, end in zip(full, lengths, ended)]
 
@@ -773,19 +785,17 @@ def test_T26_entropy_of_uniform_logits_is_the_log_of_the_number_of_allowed_token
 def test_features_of_some_prompts_are_those_of_a_batch_of_these_prompts(exact, samples, tokenizer):
     with torch.no_grad():
         keys = ("pixel_values", "image_grid_thw", "points", "regions")
-        together = exact.encode_images(*(data.collate(samples, tokenizer)[k] for k in keys))
-        picked = model.join_features(
-            [
-                model.select_features(together, [i], regions)
-                for i, regions in ((3, [3, 4, 5]), (0, [0, 1]), (1, []))
-            ]
-        )
+        batch = data.collate(samples, tokenizer)
+        together = exact.encode_images(*(batch[k] for k in keys))
+        of_prompts = split_features(together, batch["input_ids"], exact.config)
+        assert [len(one["regions"]) for one in of_prompts] == [2, 0, 1, 3]
+        picked = join_features([of_prompts[i] for i in (3, 0, 1)])
         alone = exact.encode_images(
             *(data.collate([samples[i] for i in (3, 0, 1)], tokenizer)[k] for k in keys)
         )
     flat = lambda features: [
         *features["merged"],
-        *sum(features["deepstack"], []),
+        *(image for level in features["deepstack"] for image in level),
         features["regions"],
     ]
     assert len(flat(picked)) == len(flat(alone)) == 3 + 2 * 3 + 1

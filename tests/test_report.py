@@ -209,7 +209,9 @@ def test_the_curves_hold_the_points_of_the_logs(folder, page):
     drawn = [points(line) for line in page.all("polyline") if "raw" in line["class"]]
     expected = []
     for name, keys in (("sft", ["loss"]), ("grpo", ["dtr_detection", "lor_reward", "dtr_reward"])):
-        lines = [json.loads(line) for line in open(folder / name / "metrics.jsonl")]
+        lines = [
+            json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()
+        ]
         for phase in dict.fromkeys(line.get("phase") for line in lines):
             for key in keys:
                 values = [
@@ -299,7 +301,9 @@ def test_depth_is_light_near_dark_far_and_grey_where_there_is_none():
         np.array([[1.0] * 50 + [5.0] * 50 + [np.nan]], np.float32)
     )
     near, far, none = (np.asarray(picture, float)[0, i].mean() for i in (0, 60, 100))
-    assert near > 180 > none == 128 > 60 > far and words == "depth: 1.0 m (light) to 5.0 m (dark)"
+    assert (
+        near > 180 and none == 128 and far < 60 and words == "depth: 1.0 m (light) to 5.0 m (dark)"
+    )
 
 
 def test_examples_are_spread_and_few(asked, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ not finite, full disks, ranks that stall; adapters; the memory plan. A run is a 
 import dataclasses
 import gc
 import glob
+import itertools
 import json
 import math
 import os
@@ -19,41 +20,49 @@ import threading
 import time
 import types
 import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from common import make_learner, with_advantages
 from test_model import ROWS, make_config, make_model, make_processor, make_tokenizer
 from tqdm import tqdm
 
 import data
 import grpo
-import model
 import sft
 from engine import checkpoint, distributed, plan, shared_prefix
+from engine.checkpoint import load_model
 from engine.lora import LoRALinear, adapters_off, add_adapters, merge_adapters
-from engine.settings import main
+from engine.settings import run_main
 from engine.shared_prefix import token_logprobs
-from model import RegionVLM
+from model import REGION_TOKEN, RegionVLM, token_rules
 from tools import bench
-from world import sources, tiny
 
 CPU = torch.device("cpu")
 SMALL = {
-    "sft": dict(pretrain=3, steps=5, batch=4, lr=1e-3, micro_tokens=300, save_every=2),
-    "grpo": dict(
-        steps=4,
-        prompts=4,
-        group_size=2,
-        minibatches=2,
-        max_new_tokens=7,
-        lr=1e-3,
-        filter="none",
-        kl=0.05,
-        save_every=1,
-        show_every=0,
-    ),
+    "sft": {
+        "pretrain": 3,
+        "steps": 5,
+        "batch": 4,
+        "lr": 1e-3,
+        "micro_tokens": 300,
+        "save_every": 2,
+    },
+    "grpo": {
+        "steps": 4,
+        "prompts": 4,
+        "group_size": 2,
+        "minibatches": 2,
+        "max_new_tokens": 7,
+        "lr": 1e-3,
+        "filter": "none",
+        "kl": 0.05,
+        "save_every": 1,
+        "show_every": 0,
+    },
 }
 TEXTS = [
     "0.5",
@@ -87,12 +96,9 @@ def start(program, tokenizer, out, more):
         }
         for i, row in enumerate(ROWS * 5)
     ]
-    sources.cold_start_blend, sources.rl_blend = (
-        lambda *_, **__: [("all", some, 1.0)] for some in (rows, ROWS)
-    )
-    sources.perception_stages = lambda *_: [
-        (share, [("all", rows[:9], 1.0)]) for share in (0.3, 1.0)
-    ]
+    sft.cold_start_blend = lambda *_, **__: [("all", rows, 1.0)]
+    grpo.rl_blend = lambda *_, **__: [("all", ROWS, 1.0)]
+    sft.perception_stages = lambda *_: [(share, [("all", rows[:9], 1.0)]) for share in (0.3, 1.0)]
     data.score = lambda row, text: {
         "reward": zlib.crc32(text.encode()) % 7 / 6,
         "accuracy": 0.0,
@@ -101,11 +107,9 @@ def start(program, tokenizer, out, more):
         "center_errors_m": [],
     }
     if program == "both":
-        cold, tiny.new_model, distributed.setup = (
-            sft.Settings,
-            lambda *_: parts,
-            lambda seed: CPU,
-        )  # it was called, threads set
+        cold = sft.Settings
+        grpo.new_model = lambda *_: parts
+        distributed.setup = lambda seed: CPU  # it was called, threads set
         sft.Settings = lambda **given: dataclasses.replace(cold(), **given, **SMALL["sft"])
         os.makedirs(out, exist_ok=True)
         os.chdir(out)
@@ -115,7 +119,7 @@ def start(program, tokenizer, out, more):
     module = {"sft": sft, "grpo": grpo}[program]
     settings = dataclasses.replace(module.Settings(), out=str(out), **{**SMALL[program], **more})
     return module.train(
-        settings, *parts, Endless() if program == "grpo" else sources.cold_start_blend(), CPU
+        settings, *parts, Endless() if program == "grpo" else sft.cold_start_blend(), CPU
     )
 
 
@@ -152,11 +156,11 @@ def launch(program, tokenizer, out, before=lambda: None, rank=0, world=1, **more
 
     code = 99
     try:
-        main(stage)
+        run_main(stage)
         code = 0
     except SystemExit as end:
         code = end.code
-    except BaseException:
+    except BaseException:  # noqa: BLE001  a child process tells of everything, then ends
         import traceback
 
         traceback.print_exc()
@@ -190,7 +194,7 @@ def finish(program, tokenizer, out, world=1, **more):
 
 def metrics(out):
     """Lines of metrics.jsonl without what a clock or a memory gauge says."""
-    lines = [json.loads(line) for line in open(f"{out}/metrics.jsonl")]
+    lines = [json.loads(line) for line in Path(f"{out}/metrics.jsonl").read_text().splitlines()]
     return [
         {key: value for key, value in line.items() if not key.endswith(("_s", "_gb", "seconds"))}
         for line in lines
@@ -230,8 +234,8 @@ def test_a_run_trains_and_leaves_the_newest_checkpoints(unbroken):
         lines = unbroken[1][program][0]
         assert len({line["loss"] for line in lines}) == len(lines) == (8 if program == "sft" else 4)
         assert sorted(os.listdir(unbroken[0] / program / "checkpoints")) == folders
-        model, _, _ = model.load_model(str(unbroken[0] / program / "checkpoints" / folders[1]))
-        final, _, _ = model.load_model(str(unbroken[0] / program))
+        model, _, _ = load_model(str(unbroken[0] / program / "checkpoints" / folders[1]))
+        final, _, _ = load_model(str(unbroken[0] / program))
         pairs = list(zip(model.parameters(), final.parameters()))
         assert pairs and all(torch.equal(a, b) for a, b in pairs)
 
@@ -291,7 +295,7 @@ def killers():
 
     return {
         "shards half written": (checkpoint, "save_file", half),
-        "model written": (run, "write_model", after),
+        "model written": (checkpoint, "write_model", after),
         "state half written": (json, "dump", text_half),
         "before the rename": (os, "rename", lambda f: lambda *_: die()),
         "after the rename": (os, "rename", after),
@@ -301,6 +305,9 @@ def killers():
 
 
 def test_T27_killed_inside_a_save_and_resumed_equals_never_stopped(tokenizer, unbroken, tmp_path):
+    def kill_at(module, function, make):
+        setattr(module, function, make(getattr(module, function)))
+
     out = tmp_path / "out"
     for name, (module, function, make) in killers().items():
         code = wait(
@@ -309,7 +316,7 @@ def test_T27_killed_inside_a_save_and_resumed_equals_never_stopped(tokenizer, un
                 tokenizer,
                 out,
                 resume=True,
-                before=lambda: setattr(module, function, make(getattr(module, function))),
+                before=partial(kill_at, module, function, make),
             )
         )
         assert code == -signal.SIGKILL, (name, said(out))
@@ -473,11 +480,11 @@ def poison(*steps):
 
 def test_a_step_that_is_not_finite_is_left_out_and_counted(tokenizer, tmp_path):
     outs = [tmp_path / name for name in ("one", "all")]
-    more = dict(pretrain=0, steps=1, save_every=0)
+    more = {"pretrain": 0, "steps": 1, "save_every": 0}
     assert finish("sft", tokenizer, outs[0], before=lambda: poison(0), **more) == 0
     (line,) = metrics(outs[0])
     assert "loss" not in line and line["skipped"] == 1 and 0 < len(line["skipped_ids"]) < 4
-    model, untrained = model.load_model(str(outs[0]))[0], make_model(tokenizer, dtype=torch.float32)
+    model, untrained = load_model(str(outs[0]))[0], make_model(tokenizer, dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untrained.parameters()))
     assert finish("sft", tokenizer, outs[1], before=lambda: poison(1, 2, 4, 5, 6)) == 2
     *_, last = said(outs[1]).splitlines()
@@ -517,11 +524,14 @@ def test_time_memory_and_speed_are_in_every_line(unbroken):
         ("sft", {"data", *both}),
         ("grpo", {"rollout", "reward", "reference", *both}),
     ):
-        lines = [json.loads(line) for line in open(unbroken[0] / program / "metrics.jsonl")]
+        lines = [
+            json.loads(line)
+            for line in (unbroken[0] / program / "metrics.jsonl").read_text().splitlines()
+        ]
         assert phases <= {key[:-2] for line in lines for key in line if key.endswith("_s")}
         assert all(line["tokens_per_s"] > 0 and 0.05 < line["memory_gb"] < 50 for line in lines)
         assert lines[-1]["eta_s"] == 0
-        for before, line in zip(lines[:-1], lines[1:]):
+        for before, line in itertools.pairwise(lines):
             took = sum(
                 line[key]
                 for key in line
@@ -536,10 +546,11 @@ def test_wandb_and_tensorboard_are_imported_only_when_asked_for(tokenizer, unbro
         sys.modules.update({name: None for name in names})  # import raises ImportError
 
     def fake():
-        log = open(tmp_path / "sent", "w", buffering=1)
-        sys.modules["wandb"] = types.SimpleNamespace(
-            init=lambda **_: None, log=lambda line, step: print(step, line["loss"], file=log)
-        )
+        def log(line, step):
+            with open(tmp_path / "sent", "a") as file:
+                print(step, line["loss"], file=file)
+
+        sys.modules["wandb"] = types.SimpleNamespace(init=lambda **_: None, log=log)
 
     missing = lambda: without("wandb", "tensorboard", "torch.utils.tensorboard")
     for name in ("wandb", "tensorboard"):
@@ -635,7 +646,7 @@ def test_LoRA_training_takes_the_base_as_its_reference_and_saves_merged_weights(
 ):
     outs = [tmp_path / "whole", tmp_path / "killed"]
     for out in outs:
-        more = dict(lora=3, before=lambda: stop_after(2)) if out == outs[1] else dict(lora=3)
+        more = {"lora": 3, "before": lambda: stop_after(2)} if out == outs[1] else {"lora": 3}
         assert finish("grpo", tokenizer, out, **more) == 0, said(out)
     assert finish("grpo", tokenizer, outs[1], lora=3, resume=True) == 0
     assert result(outs[0]) == result(outs[1])
@@ -643,7 +654,7 @@ def test_LoRA_training_takes_the_base_as_its_reference_and_saves_merged_weights(
     assert lines[0]["kl"] < 0.1 * lines[-1]["kl"] and lines[0]["first_ratio"] == pytest.approx(
         1, abs=1e-5
     )
-    model, base = model.load_model(str(outs[0]))[0], make_model(tokenizer, dtype=torch.float32)
+    model, base = load_model(str(outs[0]))[0], make_model(tokenizer, dtype=torch.float32)
     changed = {
         name
         for (name, a), b in zip(model.named_parameters(), base.parameters())
@@ -655,22 +666,23 @@ def test_LoRA_training_takes_the_base_as_its_reference_and_saves_merged_weights(
 def test_LoRA_kl_is_that_of_a_separate_copy(tokenizer, tmp_path):
     distributed.setup(0)
     try:
-        rules = model.token_rules(make_model(tokenizer), tokenizer, CPU)
+        rules = token_rules(make_model(tokenizer), tokenizer, CPU)
         settings = dataclasses.replace(grpo.Settings(), **SMALL["grpo"])
         policy, base = (
             distributed.shard(adapted(tokenizer), CPU),
             distributed.shard(make_model(tokenizer, dtype=torch.float32), CPU),
         )
-        with distributed.gathered(policy):
-            groups = grpo.sample_groups(
-                policy, ROWS, tokenizer, make_processor(), rules, settings, None, CPU
-            )
-        step = (groups, groups[0], tokenizer, rules[1], settings, CPU)
         optimizer = types.SimpleNamespace(step=lambda: None, zero_grad=policy.zero_grad)
-        own, other = (
-            grpo.optimizer_step(policy.train(), reference, optimizer, *step)
-            for reference in (policy, base)
+        learner = make_learner(
+            policy, tokenizer, make_processor(), rules, reference=policy, optimizer=optimizer
         )
+        with distributed.gathered(policy):
+            groups = grpo.sample_groups(learner, ROWS, settings, grpo.whole_reward)
+        groups = with_advantages(groups)
+        policy.train()
+        own = grpo.optimizer_step(learner, groups, groups[0], settings)
+        learner.reference = base
+        other = grpo.optimizer_step(learner, groups, groups[0], settings)
         assert own["kl"] == pytest.approx(other["kl"], rel=1e-5) and own["kl"] > 1e-3
     finally:
         dist.destroy_process_group()
@@ -701,12 +713,13 @@ def peak_of(function):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_plan_is_near_the_measured_peak(checkpointing, tokenizer):
-    config = make_config(
-        tokenizer, region_token_id=tokenizer.convert_tokens_to_ids(model.REGION_TOKEN)
-    )
-    for name, value in dict(
-        hidden_size=256, num_hidden_layers=8, intermediate_size=768, vocab_size=4000
-    ).items():
+    config = make_config(tokenizer, region_token_id=tokenizer.convert_tokens_to_ids(REGION_TOKEN))
+    for name, value in {
+        "hidden_size": 256,
+        "num_hidden_layers": 8,
+        "intermediate_size": 768,
+        "vocab_size": 4000,
+    }.items():
         setattr(config.text_config, name, value)
     config.vision_config.out_hidden_size = 256
     settings = dataclasses.replace(
@@ -736,14 +749,14 @@ def test_the_plan_is_near_the_measured_peak(checkpointing, tokenizer):
             "features": features,
             "tokens": torch.ones(8, 100).long(),
             "mask": torch.ones(8, 100).long(),
-            "old": torch.zeros(8, 100),
+            "old_logprobs": torch.zeros(8, 100),
             "rewards": torch.arange(8.0),
         }
         optimizer = types.SimpleNamespace(step=lambda: None, zero_grad=model.zero_grad)
-        groups, banned = [group] * 3, torch.tensor([3])
-        return lambda: grpo.optimizer_step(
-            model, None, optimizer, groups, group, tokenizer, banned, settings, CPU
-        )
+        groups = with_advantages([group] * 3)
+        rules = (torch.tensor([]), torch.tensor([3]))
+        learner = make_learner(model, tokenizer, None, rules, optimizer=optimizer)
+        return lambda: grpo.optimizer_step(learner, groups, groups[0], settings)
 
     parts = plan.memory(RegionVLM(config), settings, 1, False, prompt)
     planned = sum(parts["update"].values()) + parts["always"]["gradients"]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from common import REALDATA, needs_real
 from PIL import Image
 from transformers import (
     DepthAnythingConfig,
@@ -29,19 +30,20 @@ import data
 import rewards
 import sft
 from engine import distributed
+from engine.settings import run_main
 from formats import scenes
 from formats.errors import BadRow
-from tools import build, convert
+from tools import build, convert, depth
 from world import raycast
 
-REAL = Path(__file__).parent.parent / "shared" / "realdata"
-real = pytest.mark.skipif(not REAL.is_dir(), reason="the real pictures are not here")
+real = needs_real(".")
 
 
 def command(monkeypatch, *words):
-    """python scenes.py ..., in this process."""
-    monkeypatch.setattr(sys, "argv", ["scenes.py", *map(str, words)])
-    scenes.main()
+    """python -m tools.build ... (or convert, depth), in this process; words: the tool, its flags."""
+    tool, *flags = map(str, words)
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *flags])
+    run_main({"build": build, "convert": convert, "depth": depth}[tool].main)
 
 
 def write_scenes(folder, seeds=(1, 2)):
@@ -235,7 +237,7 @@ def test_faulty_traces_are_dropped():
 def test_real_scenes_build_and_train(tmp_path, monkeypatch):
     from test_model import make_model, make_processor, make_tokenizer
 
-    source, out = REAL / "scenes" / "scenes.jsonl", tmp_path / "cot.json"
+    source, out = REALDATA / "scenes" / "scenes.jsonl", tmp_path / "cot.json"
     command(monkeypatch, "build", "--scenes", source, "--out", out, "--rounds", 1)
     rows = json.loads(out.read_text())
     check_rows(rows, truth_of(source))
@@ -399,9 +401,9 @@ def test_a_point_that_the_other_view_does_not_see_is_not_marked(tmp_path):
 @real
 def test_motion_of_real_pairs_is_what_their_authors_say(tmp_path):
     """7-Scenes; metadata: t, and angles of R = Rz(psi) Ry(phi) Rx(theta), degrees, y down."""
-    for line in (REAL / "multiview" / "pairs.jsonl").read_text().splitlines():
+    for line in (REALDATA / "multiview" / "pairs.jsonl").read_text().splitlines():
         row = json.loads(line)
-        _, poses = build.read_pair(row, "here", REAL / "multiview")
+        _, poses = build.read_pair(row, "here", REALDATA / "multiview")
         said, (right, up, forward, yaw, pitch) = row["metadata"], build.camera_motion(poses[0, 1])
         np.testing.assert_allclose(
             (right, -up, forward), (said["tx"], said["ty"], said["tz"]), atol=1e-4
@@ -646,7 +648,7 @@ def test_kitti_labels_give_the_published_boxes():
     ]
     published = [
         row
-        for row in map(json.loads, open(REAL / "scenes" / "scenes.jsonl"))
+        for row in map(json.loads, (REALDATA / "scenes" / "scenes.jsonl").read_text().splitlines())
         if row["id"] == "kitti_000008"
     ]
     for line in lines:
@@ -664,9 +666,13 @@ def test_kitti_labels_give_the_published_boxes():
 def depth_models(tmp_path_factory):
     """Tiny models of the real classes on disk, as from_pretrained finds them -> {kind: folder}."""
     torch.manual_seed(0)
-    vit = dict(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, patch_size=4
-    )
+    vit = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "mlp_ratio": 2,
+        "patch_size": 4,
+    }
     eye = dict(model_type="dinov2", image_size=16, **vit)
     pro = DepthProForDepthEstimation(
         DepthProConfig(
@@ -738,7 +744,9 @@ def test_depth_pro_writes_metres_and_its_focal_length(
     command(
         monkeypatch, "depth", *pictures, "--model", depth_models["pro"], "--out", out, "--batch", 2
     )
-    rows = {row["id"]: row for row in map(json.loads, open(out / "depth.jsonl"))}
+    rows = {
+        row["id"]: row for row in map(json.loads, (out / "depth.jsonl").read_text().splitlines())
+    }
     assert len(rows) == 5 == len(list(out.glob("*.png")))
     model = DepthProForDepthEstimation.from_pretrained(depth_models["pro"]).eval()
     for i in (0, 4):  # pictures of the model's own size: no resizing before it
@@ -779,7 +787,7 @@ def test_depth_resumes_and_keeps_models_apart(
     assert all(
         path.stat().st_mtime_ns == time for path, time in before.items() if path.name != "1.png"
     )
-    rows = [json.loads(line) for line in open(out / "depth.jsonl")]
+    rows = [json.loads(line) for line in (out / "depth.jsonl").read_text().splitlines()]
     assert sorted(row["depth"] for row in rows) == [f"{i}.png" for i in range(5)]
     assert all(
         row["depth_scale"] == 0.001 and "intrinsics" not in row for row in rows

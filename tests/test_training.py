@@ -7,6 +7,7 @@ trap that the test closes.
 
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import statistics
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from common import make_learner, with_advantages
 from test_model import (
     NEVER,
     ROWS,
@@ -30,10 +32,11 @@ from test_model import (
 
 import data
 import grpo
-import model
 import sft
 from engine import distributed
+from model import encode_prompts, split_features, token_rules
 from tools import bench
+from world.sources import rl_blend
 
 CPU, GROUP = torch.device("cpu"), 4
 BASE = dataclasses.replace(
@@ -123,15 +126,15 @@ def test_the_ablations_of_the_detection_reward_change_that_part_only(boxes, off,
     scored = data.score(row, text)
     assert scored["accuracy"] == scored["format"] == 1
     for name, detection in parts.items():
-        assert grpo.trained_reward(row, text, scored, name) == pytest.approx(
-            0.9 + 0.1 * detection, abs=1e-12
-        )
-    assert grpo.trained_reward(row, text, scored, "none") == pytest.approx(1, abs=1e-12)
+        trained = grpo.REWARD_FUNCTIONS[name](row, text, scored)
+        assert trained == pytest.approx(0.9 + 0.1 * detection, abs=1e-12)
+    trained = grpo.REWARD_FUNCTIONS["none"](row, text, scored)
+    assert trained == pytest.approx(1, abs=1e-12)
     del row["3d_pos"]  # LOR: no detection, whatever the setting
     scored = data.score(row, text)
-    assert {
-        grpo.trained_reward(row, text, scored, name) for name in ("shared", "boxes", "none")
-    } == {scored["reward"]}
+    assert set(grpo.REWARD_FUNCTIONS) == {"shared", "boxes", "none"}
+    for reward_function in grpo.REWARD_FUNCTIONS.values():
+        assert reward_function(row, text, scored) == scored["reward"]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +152,7 @@ def test_T7_T22_what_the_filters_keep(rewards, spread, mean):
     settings = [
         dataclasses.replace(BASE, filter=rule, min_std=0.01) for rule in ("spread", "mean", "none")
     ]
-    decisions = [grpo.keep_group({"rewards": torch.tensor(rewards)}, rule) for rule in settings]
+    decisions = [grpo.keep_group(torch.tensor(rewards), rule) for rule in settings]
     assert decisions == [spread, mean, True]  # mean: the paper's rule, which keeps ties
 
 
@@ -295,16 +298,24 @@ def take_step(tokenizer, groups, filler, settings):
     ).train()
     reference = distributed.shard(make_reference(tokenizer), CPU) if settings.kl else None
     optimizer = Capture(model)
-    banned = rules(tokenizer)[1]
-    stats = grpo.optimizer_step(
-        model, reference, optimizer, groups, filler, tokenizer, banned, settings, CPU
+    learner = make_learner(
+        model, tokenizer, None, rules(tokenizer), reference=reference, optimizer=optimizer
     )
+    *groups, filler = with_advantages([*groups, filler])
+    stats = grpo.optimizer_step(learner, groups, filler, settings)
     return stats, optimizer.gradients
 
 
 def rules(tokenizer):
     """Many stop ids, so that a random model's responses end at many lengths; what is never sampled."""
-    return torch.arange(20, 60), model.token_rules(make_model(tokenizer), tokenizer, CPU)[1]
+    return torch.arange(20, 60), token_rules(make_model(tokenizer), tokenizer, CPU)[1]
+
+
+def sample(model, tokenizer, the_rules, generator):
+    """grpo.sample_groups of all rows."""
+    learner = make_learner(model, tokenizer, make_processor(), the_rules, generator)
+    with distributed.gathered(model):
+        return grpo.sample_groups(learner, ROWS, BASE, grpo.whole_reward)
 
 
 def make_groups(tokenizer):
@@ -313,13 +324,11 @@ def make_groups(tokenizer):
         distributed.shard(make_model(tokenizer), CPU),
         torch.Generator().manual_seed(1),
     )
-    with distributed.gathered(model):
-        groups = grpo.sample_groups(
-            model, ROWS, tokenizer, make_processor(), rules(tokenizer), BASE, generator, CPU
-        )
+    groups = sample(model, tokenizer, rules(tokenizer), generator)
     for group in groups:
         group["rewards"] = torch.rand(GROUP, generator=generator)
-        group["old"] = group["old"] + 0.6 * torch.randn(group["old"].shape, generator=generator)
+        old = group["old_logprobs"]
+        group["old_logprobs"] = old + 0.6 * torch.randn(old.shape, generator=generator)
     return groups
 
 
@@ -345,7 +354,7 @@ def plain_step(tokenizer, groups, settings):
                 settings.temperature,
             )
             logprobs, (fixed, _) = one_by_one(model, *inputs)[0], one_by_one(reference, *inputs)
-            for new, old, ref in zip(logprobs, group["old"][n], fixed.detach()):
+            for new, old, ref in zip(logprobs, group["old_logprobs"][n], fixed.detach()):
                 ratio, gap = (new - old).exp(), ref - new
                 objective = min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage)
                 if advantage < 0:
@@ -408,8 +417,51 @@ def test_T3_T29_any_micro_batching_gives_the_plain_gradient(
         assert_same_step(step, plain[vision], number_of_parameters(tokenizer, vision))
 
 
-@pytest.mark.parametrize("micro", [1, 0])
-def test_T3_the_naive_loop_of_the_bench_gives_the_same_loss_and_gradients(micro, tokenizer):
+def full_logprobs(model, prompts, tokens, mask, rows, banned):
+    """Log-probabilities (rows, T) of some responses (indices) by the stock forward of whole sequences."""
+    which = rows // (len(tokens) // len(prompts["input_ids"]))  # prompt of each response
+    pictures = prompts["pixel_values"].split(prompts["image_grid_thw"].prod(-1).tolist())
+    types = torch.zeros_like(tokens[rows])
+    logits = model(
+        input_ids=torch.cat([prompts["input_ids"][which], tokens[rows]], 1),
+        attention_mask=torch.cat([prompts["attention_mask"][which], mask[rows]], 1),
+        mm_token_type_ids=torch.cat([prompts["mm_token_type_ids"][which], types], 1),
+        pixel_values=torch.cat([pictures[i] for i in which.tolist()]),
+        image_grid_thw=prompts["image_grid_thw"][which],
+        use_cache=False,
+    ).logits  # (rows, L + T, V)
+    logits = logits[:, prompts["input_ids"].shape[1] - 1 : -1].index_fill(-1, banned, -torch.inf)
+    logprobs = logits.log_softmax(-1).gather(-1, tokens[rows][..., None])[..., 0]
+    return logprobs.masked_fill(mask[rows] == 0, 0)
+
+
+def full_backward(model, reference, prompts, tokens, mask, old, rewards, banned, kl):
+    """Gradients of the loss, written down a second time, over all responses at once -> loss."""
+    spread = rewards.std(1, keepdim=True) + 1e-6
+    advantages = ((rewards - rewards.mean(1, keepdim=True)) / spread).view(-1, 1)
+    rows = torch.arange(len(tokens))
+    logprobs = full_logprobs(model, prompts, tokens, mask, rows, banned)
+    fixed = full_logprobs(reference, prompts, tokens, mask, rows, banned).detach()
+    ratio = (logprobs - old).exp()
+    gain = torch.min(ratio * advantages, ratio.clamp(0.8, 1.3) * advantages)
+    gain = torch.where(advantages < 0, torch.max(gain, 3 * advantages), gain)
+    gain = gain - kl * ((fixed - logprobs).exp() - (fixed - logprobs) - 1)
+    loss = -(gain * mask).sum() / mask.sum()
+    loss.backward()
+    return loss.item()
+
+
+def gradients_of(model):
+    """The gradients that a backward pass has left, taken away."""
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("micro", [1, 2 * GROUP, 0])
+def test_T3_the_step_and_the_naive_loop_of_the_bench_give_the_loss_and_gradients_of_full_forwards(
+    micro, tokenizer
+):
     rows = [
         make_row(1, (48, 64), 0, depth=False),
         make_row(2, (48, 48), 0, " it, red or blue", depth=False),
@@ -417,23 +469,29 @@ def test_T3_the_naive_loop_of_the_bench_gives_the_same_loss_and_gradients(micro,
     samples = [data.encode(row, tokenizer, make_processor(), train=False) for row in rows]
     tokens, mask, noise = responses(tokenizer, 0, 2 * GROUP, 9)
     model, reference = freeze(make_model(tokenizer), BASE), make_reference(tokenizer)
-    prompts, banned, rewards = (
-        data.collate(samples, tokenizer),
-        rules(tokenizer)[1],
-        torch.rand(2, GROUP),
-    )
+    prompts = data.collate(samples, tokenizer)
+    banned = rules(tokenizer)[1]
+    rewards = torch.rand(2, GROUP)
+    all_rows = torch.arange(2 * GROUP)
     with torch.no_grad():
-        features = model.encode_images(
-            *(prompts[k] for k in ("pixel_values", "image_grid_thw", "points", "regions"))
-        )
-        old = 0.3 * noise + bench.naive_logprobs(
-            model, prompts, tokens, mask, torch.arange(2 * GROUP), banned
-        )
-    loss = bench.naive_backward(
-        model, reference, prompts, tokens, mask, old, rewards, banned, BASE.kl, micro
+        features = encode_prompts(model, prompts)
+        old = 0.3 * noise + full_logprobs(model, prompts, tokens, mask, all_rows, banned)
+    loss = full_backward(model, reference, prompts, tokens, mask, old, rewards, banned, BASE.kl)
+    wanted = gradients_of(model)
+
+    batch = (prompts, features, tokens, mask, old)
+    naive = bench.naive_backward(model, reference, batch, rewards, banned, BASE.kl, micro)
+    assert naive == pytest.approx(loss, rel=1e-9)
+    slopes = gradients_of(model)
+    assert set(slopes) == set(wanted)
+    for name in wanted:
+        assert (slopes[name] - wanted[name]).norm() < 1e-9 * wanted[name].norm(), name
+
+    features = split_features(features, prompts["input_ids"], model.config)
+    groups = bench.make_groups(
+        samples, features, rewards, tokens=tokens, mask=mask, old_logprobs=old
     )
-    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    groups = bench.make_groups(samples, features, rewards, tokens=tokens, mask=mask, old=old)
+    groups = [{**group, "rewards": of_group} for group, of_group in zip(groups, rewards)]
     step = take_step(tokenizer, groups, groups[0], dataclasses.replace(BASE, temperature=1.0))
     assert 0.01 < step[0]["clipped"] < 0.9 and step[0]["kl"] > 0.01
     assert_same_step(step, (loss, mask.sum(), wanted), number_of_parameters(tokenizer, False))
@@ -442,24 +500,27 @@ def test_T3_the_naive_loop_of_the_bench_gives_the_same_loss_and_gradients(micro,
 @pytest.mark.parametrize("seed", [0, 80, 899])
 def test_no_seed_trains_on_a_held_out_scene(seed):
     used = [
-        range(rows.first, rows.first + rows.scenes)
+        range(rows.first_scene, rows.first_scene + rows.scenes)
         for _, rows, _ in grpo.sources_of(grpo.Settings(seed=seed), 96)
     ]
     made = sft.Settings(seed=seed)
-    used += [range(rows.first, rows.first + rows.scenes) for _, rows, _ in sft.sources_of(made, 96)]
+    used += [
+        range(rows.first_scene, rows.first_scene + rows.scenes)
+        for _, rows, _ in sft.sources_of(made, 96)
+    ]
     held_out = range(9 * 10**8, 9 * 10**8 + 100 * 10**4)  # of 10,000 questions
     assert all(scenes.stop <= held_out.start or scenes.start >= held_out.stop for scenes in used)
 
 
 @pytest.mark.parametrize("kept", [48, 37, 3, 0])
 def test_mini_batches_take_each_group_once_and_hold_the_mixture(kept):
-    blend = grpo.data.rl_blend(48, 0, 96)
+    blend = rl_blend(48, 0, 96)
     sources = [
-        grpo.data.Blend([(name, [name] * len(rows), 1.0) for name, rows, _ in blend], 0)[i]
+        data.Blend([(name, [name] * len(rows), 1.0) for name, rows, _ in blend], 0)[i]
         for i in range(kept)
     ]
     parts = grpo.mini_batches(list(enumerate(sources)), 4)
-    assert len(parts) == 4 and sum(parts, []) == list(enumerate(sources))
+    assert len(parts) == 4 and [one for part in parts for one in part] == list(enumerate(sources))
     assert kept < 48 or all(
         {source for _, source in part} == {name for name, *_ in blend} for part in parts
     )
@@ -492,14 +553,13 @@ def test_T18_the_first_inner_step_has_ratio_one_and_no_divergence(tokenizer):
         *(distributed.shard(make_model(tokenizer), CPU) for _ in range(2)),
         rules(tokenizer),
     )
-    with distributed.gathered(model):
-        groups = grpo.sample_groups(
-            model, ROWS, tokenizer, make_processor(), the_rules, BASE, torch.Generator(), CPU
-        )
+    groups = sample(model, tokenizer, the_rules, torch.Generator())
     groups[0]["rewards"] = torch.tensor([1.0, 0, 0, 0])
-    model.train()
-    step = (groups, groups[0], tokenizer, the_rules[1], BASE, CPU)
-    stats = grpo.optimizer_step(model, reference, Capture(model), *step)
+    groups = with_advantages(groups)
+    learner = make_learner(
+        model.train(), tokenizer, None, the_rules, reference=reference, optimizer=Capture(model)
+    )
+    stats = grpo.optimizer_step(learner, groups, groups[0], BASE)
     assert abs(stats["ratio"] - 1) < 1e-6 and stats["clipped"] == 0 and stats["mismatch"] < 1e-6
     assert stats["mismatch"] <= stats["mismatch_max"] < 1e-5
     assert stats["kl"] < 1e-12 and stats["grad_norm"] > 1e-3
@@ -507,10 +567,7 @@ def test_T18_the_first_inner_step_has_ratio_one_and_no_divergence(tokenizer):
 
 def test_T17_a_batch_where_all_responses_are_cut_off_is_trained_as_it_is(tokenizer):
     model, never_stop = distributed.shard(make_model(tokenizer), CPU), (NEVER, rules(tokenizer)[1])
-    with distributed.gathered(model):
-        groups = grpo.sample_groups(
-            model, ROWS, tokenizer, make_processor(), never_stop, BASE, torch.Generator(), CPU
-        )
+    groups = sample(model, tokenizer, never_stop, torch.Generator())
     assert all(group["cut"] == GROUP and group["mask"].all() for group in groups)
     groups[0]["rewards"] = torch.tensor([1.0, 0, 0, 0])
     stats, slopes = take_step(tokenizer, groups, groups[0], BASE)
@@ -520,7 +577,7 @@ def test_T17_a_batch_where_all_responses_are_cut_off_is_trained_as_it_is(tokeniz
 
 
 def test_the_log_has_the_largest_distance_to_the_sampler(tokenizer, groups, tmp_path):
-    moved = [{**group, "old": group["old"].clone()} for group in groups]
+    moved = [{**group, "old_logprobs": group["old_logprobs"].clone()} for group in groups]
     gaps = []
     for group in moved:
         here = group["mask"].bool()
@@ -532,12 +589,12 @@ def test_the_log_has_the_largest_distance_to_the_sampler(tokenizer, groups, tmp_
             rules(tokenizer)[1],
             BASE.temperature,
         )[0].detach()
-        group["old"][0, : len(fresh)] = fresh
+        group["old_logprobs"][0, : len(fresh)] = fresh
         group["mask"] = (
             group["mask"] * (torch.arange(GROUP) == 0).long()[:, None]
         )  # the first response alone
         gaps.append(len(fresh))
-    moved[2]["old"][0, 0] += 0.75  # one token of one group
+    moved[2]["old_logprobs"][0, 0] += 0.75  # one token of one group
     stats, _ = take_step(tokenizer, moved, groups[0], dataclasses.replace(BASE, micro_tokens=1))
     assert stats["mismatch_max"] == pytest.approx(0.75, abs=1e-5)
     assert stats["mismatch"] == pytest.approx(0.75 / sum(gaps), abs=1e-5)
@@ -545,16 +602,11 @@ def test_the_log_has_the_largest_distance_to_the_sampler(tokenizer, groups, tmp_
 
 @pytest.mark.parametrize("reward, rule", [(1.0, "spread"), (0.0, "spread"), (0.1, "mean")])
 def test_T22_steps_without_a_group_that_differs_end_and_say_why(
-    reward, rule, tokenizer, tmp_path, monkeypatch, capsys
+    reward, rule, tokenizer, tmp_path, capsys
 ):
-    sample_groups = grpo.sample_groups
+    def constant(row, response, parts):
+        return reward
 
-    def constant(*words):
-        return [
-            {**group, "rewards": torch.full((GROUP,), reward)} for group in sample_groups(*words)
-        ]
-
-    monkeypatch.setattr(grpo, "sample_groups", constant)
     settings = dataclasses.replace(
         BASE,
         out=str(tmp_path),
@@ -565,7 +617,9 @@ def test_T22_steps_without_a_group_that_differs_end_and_say_why(
         rounds=3,
         show_every=1,
     )
-    model = grpo.train(settings, make_model(tokenizer), tokenizer, make_processor(), Same(), CPU)
+    model = grpo.train(
+        settings, make_model(tokenizer), tokenizer, make_processor(), Same(), CPU, constant
+    )
     assert (
         capsys.readouterr().out.count(
             f"dropped, {'0% as too hard, 100' if reward == 1 else '100% as too hard, 0'}% "
@@ -575,7 +629,7 @@ def test_T22_steps_without_a_group_that_differs_end_and_say_why(
     )
     before = dict(make_model(tokenizer).named_parameters())
     assert all(torch.equal(whole(p.detach()), before[name]) for name, p in model.named_parameters())
-    for line in map(json.loads, open(tmp_path / "metrics.jsonl")):
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):
         assert line["kept"] == 0 and line["rounds"] == 3 and "loss" not in line
         assert (line["dropped_high"], line["dropped_low"]) == ((1, 0) if reward == 1 else (0, 1))
 
@@ -622,7 +676,7 @@ def cold_start(tokenizer, folder, micro_tokens):
         [("rows", start_rows(), 1.0)],
         CPU,
     )
-    return [json.loads(line) for line in open(folder / "metrics.jsonl")]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -637,8 +691,8 @@ def test_without_lr_a_large_model_learns_at_the_rates_of_the_paper(
     def stop(*args):
         raise Sharding
 
-    monkeypatch.setattr(run, "is_large", lambda model: large)
-    monkeypatch.setattr(run, "shard", stop)
+    monkeypatch.setattr(distributed, "is_large", lambda model: large)
+    monkeypatch.setattr(distributed, "shard", stop)
     for module, settings, wanted in (
         (sft, sft.Settings(), cold),
         (grpo, grpo.Settings(prompts=4, lora=lora), rl),
@@ -700,15 +754,16 @@ class Same:
 
 def train_unevenly(tokenizer, folder):
     """grpo.train; rank 1 samples longer responses and its groups are ties -> (first tokens, positions, weights)."""
-    sample, seen, blend = grpo.sample_groups, [], Same()
+    original, seen, blend = grpo.sample_groups, [], Same()
+    calls = itertools.count()
 
-    def sample_groups(model, rows, tokenizer, processor, rules, settings, generator, device):
+    def ties_on_rank_1(row, response, parts):
+        return float(next(calls) % GROUP) * (1 - distributed.rank())
+
+    def sample_groups(learner, rows, settings, reward_function):
         settings = dataclasses.replace(settings, max_new_tokens=4 + 7 * distributed.rank())
-        groups = sample(
-            model, rows, tokenizer, processor, (NEVER, rules[1]), settings, generator, device
-        )
-        for group in groups:
-            group["rewards"] = torch.arange(float(GROUP)) * (1 - distributed.rank())
+        learner = dataclasses.replace(learner, stop_ids=NEVER)
+        groups = original(learner, rows, settings, reward_function)
         seen.append(groups[0]["tokens"])
         return groups
 
@@ -723,7 +778,15 @@ def train_unevenly(tokenizer, folder):
         rounds=2,
         lr=1e-3,
     )
-    model = grpo.train(settings, make_model(tokenizer), tokenizer, make_processor(), blend, CPU)
+    model = grpo.train(
+        settings,
+        make_model(tokenizer),
+        tokenizer,
+        make_processor(),
+        blend,
+        CPU,
+        reward_function=ties_on_rank_1,
+    )
     # the first eight were for the memory plan
     return (
         seen[0],
@@ -744,10 +807,9 @@ def worker(rank, folder):
     torch.set_num_threads(1)
     tokenizer, groups = torch.load(f"{folder}/in.pt", weights_only=False)
     out = {"start": cold_start(tokenizer, Path(folder) / "start", 100)}
-    for distributed.LARGE_LAYER in (
-        distributed.LARGE_LAYER,
-        0,
-    ):  # 0: each layer is a unit, as in large models
+    usual = distributed.LARGE_LAYER
+    for limit in (usual, 0):  # 0: each layer is gathered by itself, as in large models
+        distributed.LARGE_LAYER = limit
         for name, (*split, passes, vision) in SPLITS.items():
             first, mine = ([groups[i] for i in split[r]] for r in (0, rank))
             settings = dataclasses.replace(
@@ -787,7 +849,7 @@ def test_layers_that_are_units_of_their_own_sample_the_same(two, groups):
             assert torch.equal(group["tokens"], same["tokens"]) and torch.equal(
                 group["mask"], same["mask"]
             )
-            torch.testing.assert_close(group["old"], same["old"])
+            torch.testing.assert_close(group["old_logprobs"], same["old_logprobs"])
 
 
 def test_T4_cold_start_on_two_processes_equals_one(two, start):
@@ -814,7 +876,9 @@ def test_T24_ranks_sample_differently_and_T22_T28_train_together_on_unequal_grou
     assert not any(
         torch.equal(weights[name], before[name]) for name in weights if "layernorm" in name
     )
-    lines = [json.loads(line) for line in open(two[0] / "out" / "metrics.jsonl")]
+    lines = [
+        json.loads(line) for line in (two[0] / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 2 and all(math.isfinite(line["loss"]) for line in lines)
     assert all(line["kept"] == 2 / 8 for line in lines)  # of four prompts in each of two rounds
     assert all(

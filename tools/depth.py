@@ -1,6 +1,30 @@
-"""Depth maps for pictures without depth, by a depth model of transformers.
+"""Depth maps for pictures that have none, by a depth model of transformers.
 
-python -m tools.depth *.jpg --model apple/DepthPro-hf --out depth
+    python -m tools.depth pictures/*.jpg --out depth                # DepthPro: metres, focal length
+    python -m tools.depth pictures/*.jpg --out depth --model MODEL  # name on the hub, or a folder
+
+The kinds of models, by the "model_type" of their config.json:
+
+    depth_pro        DepthPro: metric, and estimates the focal length
+    glpn             GLPN: metric
+    depth_anything   Depth Anything: metric if its depth_estimation_type is "metric", else relative
+    dpt              DPT: relative
+
+Metric is z in metres, which training needs: questions, rewards and the 3D position embedding are
+about metres. Relative is inverse depth up to an unknown scale and shift, larger is nearer; it is to
+be looked at.
+
+What is written for a picture NAME.jpg:
+
+    OUT/NAME.png      metric: 16 bits, millimetres, 0 where there is none or it is beyond 65.535 m;
+                      relative: 8 bits, 0 to 255, which every reader of depth here refuses
+    OUT/depth.jsonl   a line per picture, as in a scenes.jsonl, without objects; it names the model.
+                      metric: with "depth_scale", and with "intrinsics" if the model estimates the
+                      focal length; relative: "relative" instead
+
+To annotated pictures of other data sets `python -m tools.convert --depth OUT` adds the maps. A run
+that was stopped goes on: pictures with a map and a line in depth.jsonl are skipped. One folder
+holds the maps of one model.
 """
 
 import json
@@ -9,190 +33,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.nn.functional import interpolate
 from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForDepthEstimation,
+    DPTImageProcessorPil,
+    GLPNImageProcessorPil,
+)
+from transformers.image_processing_base import ImageProcessingMixin
 
 from engine.settings import parse, run_main, setting
 from formats.errors import BadRow
 from formats.scenes import read_lines
-from tools.build import whole
+from tools.build import whole_file
 from tools.convert import picture_size
-
-
-def is_metric(config):
-    """Does the model's depth come in metres? Others give depth up to an unknown scale and shift."""
-    if config.model_type not in ("depth_pro", "depth_anything", "dpt", "glpn"):
-        raise BadRow(
-            f"--model: {config.model_type} is not supported; use a depth_pro, depth_anything, dpt or glpn"
-        )
-    return (
-        config.model_type in ("depth_pro", "glpn")
-        or getattr(config, "depth_estimation_type", "") == "metric"
-    )
-
-
-def depth_pro_pixels(images, settings):
-    """DepthPro's stock image processor needs torchvision, so its three steps are here: normalise, then resize."""
-    import torch
-
-    size, mean, std = (
-        (settings.get("size") or {"height": 1536, "width": 1536}),
-        settings.get("image_mean", [0.5] * 3),
-        settings.get("image_std", [0.5] * 3),
-    )
-    pixels = [
-        torch.from_numpy((np.asarray(i, np.float32) / 255 - mean) / std).float().permute(2, 0, 1)
-        for i in images
-    ]
-    return torch.nn.functional.interpolate(
-        torch.stack(pixels), size=(size["height"], size["width"]), mode="bilinear"
-    )
-
-
-def predict(model, processor, images):
-    """RGB pictures of one size -> the model's own numbers (B, H, W), focal lengths in pixels (B,) or Nones.
-
-    DepthPro gives inverse depth for a camera whose focal length is the width of the picture, and a field of view."""
-    import torch
-
-    width, height = images[0].size
-    pixels = (
-        depth_pro_pixels(images, processor)
-        if model.config.model_type == "depth_pro"
-        else processor(images=images, return_tensors="pt")["pixel_values"]
-    )
-    with torch.inference_mode():
-        output = model(pixel_values=pixels.to(model.device, model.dtype))
-    depth, focal = output.predicted_depth.float(), [None] * len(images)  # (B, h, w)
-    if model.config.model_type == "depth_pro":
-        angle = output.field_of_view.float().reshape(-1)  # degrees, horizontal
-        focal = width / 2 / torch.tan(torch.deg2rad(angle) / 2)
-        depth, focal = depth * (width / focal)[:, None, None], focal.tolist()
-    depth = torch.nn.functional.interpolate(depth[:, None], size=(height, width), mode="bilinear")[
-        :, 0
-    ]
-    depth = 1 / depth.clamp(1e-4, 1e4) if model.config.model_type == "depth_pro" else depth
-    return depth.cpu().numpy(), focal
-
-
-def save_depth(depth, path, metric):
-    """Metres -> 16-bit PNG in millimetres, 0 = none or beyond 65.535 m; relative depth -> 8-bit PNG, 0 to 255."""
-    if metric:
-        units = np.round(1000 * depth)
-        image = Image.fromarray(
-            np.where((units >= 1) & (units <= 65535), units, 0).astype(np.uint16)
-        )
-    else:
-        image = Image.fromarray(
-            np.round(255 * (depth - depth.min()) / max(np.ptp(depth), 1e-9)).astype(np.uint8)
-        )
-    image.save(f"{path}.partial", format="PNG")
-    os.replace(f"{path}.partial", path)
-
-
-def load_depth_model(name):
-    """-> model in evaluation mode, on the GPU if there is one, and its image processor (DepthPro: its settings); all
-    without torchvision."""
-    import torch
-    from transformers import (
-        AutoConfig,
-        AutoModelForDepthEstimation,
-        DPTImageProcessorPil,
-        GLPNImageProcessorPil,
-    )
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    try:
-        config = AutoConfig.from_pretrained(name)
-        is_metric(config)
-        if config.model_type == "depth_pro" and not config.use_fov_model:
-            raise BadRow(f"--model {name}: a DepthPro without field of view gives no metres")
-        stock = {"depth_pro": None, "glpn": GLPNImageProcessorPil}.get(
-            config.model_type, DPTImageProcessorPil
-        )
-        processor = (
-            stock.from_pretrained(name)
-            if stock
-            else ImageProcessingMixin.get_image_processor_dict(name)[0]
-        )
-        model = AutoModelForDepthEstimation.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise (
-            error
-            if isinstance(error, BadRow)
-            else BadRow(f"--model {name}: {str(error).splitlines()[0]}")
-        )
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), processor
-
-
-def depth(args):
-    """Write OUT/NAME.png for each picture, and OUT/depth.jsonl beside: a metric model's lines are lines of a
-    scenes.jsonl (intrinsics only where the model estimates its focal length); a relative model's say "relative" and
-    have no depth_scale, and its 8-bit maps are refused as depth by every reader here. Finished pictures are skipped."""
-    lines, done = os.path.join(args.out, "depth.jsonl"), {}
-    os.makedirs(args.out, exist_ok=True)
-    maps = {path: os.path.join(args.out, Path(path).stem + ".png") for path in args.images}
-    if len(set(maps.values())) < len(maps):
-        raise BadRow(
-            "depth: two of the pictures have one name: their maps would overwrite each other"
-        )
-    if any(os.path.abspath(path) == os.path.abspath(out) for path, out in maps.items()):
-        raise BadRow(
-            f"--out {args.out}: holds the pictures themselves, their maps would overwrite them"
-        )
-    if os.path.isfile(lines):
-        for row, where in read_lines(lines):
-            if row.get("model") != args.model:
-                raise BadRow(
-                    f"{where}: made by {row.get('model')}: give --model {args.model} a folder of its own"
-                )
-            if os.path.isfile(os.path.join(args.out, row["depth"])):
-                done[row["depth"]] = row
-        with whole(lines) as file:  # a map that was deleted is made and listed again
-            file.writelines(json.dumps(row) + "\n" for row in done.values())
-    todo = [path for path in maps if os.path.basename(maps[path]) not in done]
-    sizes = {path: picture_size(path) for path in todo}
-    todo.sort(key=sizes.get)
-    print(f"{len(todo):,} pictures to do, {len(maps) - len(todo):,} finished before")
-    if not todo:
-        return
-    model, processor = load_depth_model(args.model)
-    metric = is_metric(model.config)
-    print(
-        f"{args.model}: "
-        + (
-            "metric, written in millimetres"
-            if metric
-            else "RELATIVE depth, no metres: for those take a metric model, such as apple/DepthPro-hf"
-        )
-    )
-    bar = tqdm(total=len(todo), desc="depth", unit="")
-    while todo:
-        size = sizes[todo[0]]
-        batch = [path for path in todo[: args.batch] if sizes[path] == size]
-        todo = todo[len(batch) :]
-        with_focal = predict(model, processor, [Image.open(path).convert("RGB") for path in batch])
-        for path, z, focal in zip(batch, *with_focal):
-            save_depth(z, maps[path], metric)
-            row = {
-                "id": Path(path).stem,
-                "image": os.path.relpath(path, args.out),
-                "objects": [],
-                "model": args.model,
-                "depth": os.path.basename(maps[path]),
-                "width": size[0],
-                "height": size[1],
-            }
-            row.update({"depth_scale": 0.001} if metric else {"relative": True})
-            row.update({"intrinsics": [focal, focal, size[0] / 2, size[1] / 2]} if focal else {})
-            with open(lines, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        bar.update(len(batch))
-    bar.close()
-    if metric and model.config.model_type != "depth_pro":
-        print(
-            "this model estimates no focal length: add your camera's intrinsics, or 60 degrees are assumed"
-        )
 
 
 @dataclass
@@ -201,6 +58,228 @@ class Settings:
     out: str = setting(None, "folder for the maps and depth.jsonl")
     model: str = setting("apple/DepthPro-hf", "a depth model of transformers, hub name or folder")
     batch: int = setting(4, "pictures of one size in a forward pass")
+
+
+def depth(args):
+    """Write the maps of all pictures that have none yet, and their lines of depth.jsonl."""
+    if args.batch < 1:
+        raise BadRow(f"--batch {args.batch}: needs at least 1")
+    check_names(args)
+    try:
+        os.makedirs(args.out, exist_ok=True)
+    except OSError as error:
+        raise BadRow(f"--out {args.out}: cannot write there ({error.strerror})") from None
+    done = finished_maps(args)
+    paths = list(dict.fromkeys(args.images))  # each once
+    todo = [path for path in paths if map_name(path) not in done]
+    sizes = {path: picture_size(path) for path in todo}  # (width, height)
+    print(f"{len(todo):,} pictures to do, {len(paths) - len(todo):,} finished before")
+    if not todo:
+        return
+    model, processor = load_depth_model(args.model)
+    metric = is_metric(model.config)
+    kind = "RELATIVE depth, no metres: for those take a metric model, such as apple/DepthPro-hf"
+    if metric:
+        kind = "metric, written in millimetres"
+    print(f"{args.model}: {kind}")
+    with tqdm(total=len(todo), desc="depth", unit="") as bar:
+        for batch in batches_of_one_size(todo, sizes, args.batch):
+            depths, focals = predict(model, processor, [read_rgb(path) for path in batch])
+            for path, z, focal in zip(batch, depths, focals):
+                save_depth(z, os.path.join(args.out, map_name(path)), metric)
+                add_line(path, sizes[path], focal, metric, args)
+            bar.update(len(batch))
+    if metric and model.config.model_type != "depth_pro":
+        print(
+            "this model estimates no focal length: "
+            "add your camera's intrinsics, or 60 degrees are assumed"
+        )
+
+
+def batches_of_one_size(paths, sizes, most):
+    """The pictures sorted by size, in runs of at most `most` that have the same."""
+    batches = []
+    for path in sorted(paths, key=sizes.get):
+        fits = batches and len(batches[-1]) < most and sizes[batches[-1][0]] == sizes[path]
+        if not fits:
+            batches.append([])
+        batches[-1].append(path)
+    return batches
+
+
+# ----------------------------------------------------------------------------------------------
+# the models
+
+
+def is_metric(config):
+    """Does the model's depth come in metres? BadRow for a model that is not supported."""
+    if config.model_type not in ("depth_pro", "depth_anything", "dpt", "glpn"):
+        raise BadRow(
+            f"--model: {config.model_type} is not supported; "
+            "use a depth_pro, depth_anything, dpt or glpn"
+        )
+    if config.model_type in ("depth_pro", "glpn"):
+        return True
+    return getattr(config, "depth_estimation_type", "") == "metric"
+
+
+def load_depth_model(name):
+    """-> the model in evaluation mode, on the GPU if there is one, and its image processor.
+
+    Of DepthPro the settings of its image processor. All work without torchvision.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        is_metric(config)  # refuses models that are not supported
+        if config.model_type == "depth_pro" and not config.use_fov_model:
+            raise BadRow(f"--model {name}: a DepthPro without field of view gives no metres")
+        processor = load_processor(name, config.model_type)
+        model = AutoModelForDepthEstimation.from_pretrained(name)
+    except BadRow:
+        raise
+    except (OSError, ValueError) as error:
+        raise BadRow(f"--model {name}: {str(error).splitlines()[0]}") from None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.eval().to(device), processor
+
+
+def load_processor(name, model_type):
+    if model_type == "depth_pro":
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        return settings
+    if model_type == "glpn":
+        return GLPNImageProcessorPil.from_pretrained(name)
+    return DPTImageProcessorPil.from_pretrained(name)
+
+
+def predict(model, processor, images):
+    """B pictures of one size, W x H -> depths (B, H, W), focal lengths in pixels (B,).
+
+    Depth is in metres or relative, as the model gives it. Focal lengths are None for all but
+    DepthPro. That model gives inverse depth as seen by a camera whose focal length is the width of
+    the picture, and the field of view, from which the true focal length follows.
+    """
+    width, height = images[0].size
+    is_depth_pro = model.config.model_type == "depth_pro"
+    if is_depth_pro:
+        pixels = depth_pro_pixels(images, processor)
+    else:
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        output = model(pixel_values=pixels.to(model.device, model.dtype))
+    depths = output.predicted_depth.float()  # (B, h, w), of the model's own size
+    focals = [None] * len(images)
+    if is_depth_pro:
+        angle = output.field_of_view.float().reshape(-1)  # (B,) degrees, horizontal
+        focal = width / 2 / torch.tan(torch.deg2rad(angle) / 2)  # (B,)
+        depths = depths * (width / focal)[:, None, None]
+        focals = focal.tolist()
+    depths = interpolate(depths[:, None], size=(height, width), mode="bilinear")[:, 0]  # (B, H, W)
+    if is_depth_pro:
+        depths = 1 / depths.clamp(1e-4, 1e4)
+    return depths.cpu().numpy(), focals
+
+
+def depth_pro_pixels(images, settings):
+    """Pictures -> pixel values (B, 3, h, w) for DepthPro.
+
+    Its stock image processor needs torchvision, so its three steps are here: to 0..1, normalise,
+    resize.
+    """
+    size = settings.get("size") or {"height": 1536, "width": 1536}
+    mean = settings.get("image_mean", [0.5] * 3)
+    std = settings.get("image_std", [0.5] * 3)
+    pixels = []
+    for image in images:
+        normalised = (np.asarray(image, np.float32) / 255 - mean) / std  # (H, W, 3)
+        pixels.append(torch.from_numpy(normalised).float().permute(2, 0, 1))
+    return interpolate(torch.stack(pixels), size=(size["height"], size["width"]), mode="bilinear")
+
+
+# ----------------------------------------------------------------------------------------------
+# files
+
+
+def map_name(path):
+    """The file name of a picture's map in --out."""
+    return Path(path).stem + ".png"
+
+
+def check_names(args):
+    """BadRow where the maps would overwrite each other, or the pictures."""
+    paths = set(args.images)
+    if len({map_name(path) for path in paths}) < len(paths):
+        raise BadRow(
+            "depth: two of the pictures have one name: their maps would overwrite each other"
+        )
+    for path in paths:
+        if os.path.abspath(path) == os.path.abspath(os.path.join(args.out, map_name(path))):
+            raise BadRow(
+                f"--out {args.out}: holds the pictures themselves, their maps would overwrite them"
+            )
+
+
+def finished_maps(args):
+    """The maps of an earlier run that are still there: {map_name: line of depth.jsonl}."""
+    path = os.path.join(args.out, "depth.jsonl")
+    done = {}
+    if not os.path.isfile(path):
+        return done
+    for row, where in read_lines(path):
+        if row.get("model") != args.model:
+            raise BadRow(
+                f"{where}: made by {row.get('model')}: "
+                f"give --model {args.model} a folder of its own"
+            )
+        if os.path.isfile(os.path.join(args.out, row["depth"])):
+            done[row["depth"]] = row
+    # A map that was deleted is made again and gets a new line: the old one has to go.
+    with whole_file(path) as file:
+        file.writelines(json.dumps(row) + "\n" for row in done.values())
+    return done
+
+
+def read_rgb(path):
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: a broken PNG
+        raise BadRow(f"{path}: cannot read the picture ({error})") from None
+
+
+def save_depth(z, path, metric):
+    """Depth (H, W) -> PNG: of 16 bits in millimetres if metric, else of 8 bits, 0 to 255."""
+    if metric:
+        units = np.round(1000 * z)
+        fits = (units >= 1) & (units <= 65535)
+        pixels = np.where(fits, units, 0).astype(np.uint16)  # 0: none
+    else:
+        spread = max(np.ptp(z), 1e-9)
+        pixels = np.round(255 * (z - z.min()) / spread).astype(np.uint8)
+    Image.fromarray(pixels).save(f"{path}.partial", format="PNG")
+    os.replace(f"{path}.partial", path)
+
+
+def add_line(path, size, focal, metric, args):
+    """Add a picture, whose map is written, to depth.jsonl."""
+    width, height = size
+    row = {
+        "id": Path(path).stem,
+        "image": os.path.relpath(path, args.out),
+        "objects": [],
+        "model": args.model,
+        "depth": map_name(path),
+        "width": width,
+        "height": height,
+    }
+    if metric:
+        row["depth_scale"] = 0.001
+    else:
+        row["relative"] = True
+    if focal:
+        row["intrinsics"] = [focal, focal, width / 2, height / 2]
+    with open(os.path.join(args.out, "depth.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def main():

@@ -1,340 +1,451 @@
-"""Evaluations of several seeds side by side, with error bars over seeds and questions, and Figure 1 of the README.
+"""Evaluations of several seeds side by side, with error bars over seeds and questions; the figure.
 
-    python findings.py "cold start=out/grpo_*/eval_cold_start.json" "GRPO=out/grpo_*/eval.json" \
-        --curves "out/grpo_*/metrics.jsonl" --figure figure1.svg
+    python -m tools.findings "cold start=out/grpo_?/eval_cold_start.json" "GRPO=out/grpo_?/eval.json" \\
+        --curves "out/grpo_?/metrics.jsonl" --figure figure1.svg
 
-Each NAME=PATTERN is a column: JSON files of eval.py or grpo.py on the same questions, one a seed, in sorted order. The
-second table holds each column minus the first, question by question and averaged over the seeds; the third the seeds
-themselves, with the interval of the questions only. --course adds how each GRPO run went, from the metrics.jsonl that
-lies beside each file.
+Each NAME=PATTERN is a column: JSON files of eval.py or grpo.py on the same questions, one per seed, in
+sorted order. The first table holds the means. The second holds each column minus the first column,
+question by question and averaged over the seeds; the third does so for each seed, with the interval
+of the questions only. --course adds how each GRPO run went, from the metrics.jsonl that lies beside
+each file. A row is left out where a column has no such value: files of older versions may lack a part
+of the reward.
 
-The half width of a 95 % interval adds two independent parts: that of the seeds, Student's t on the seeds' means, and
-that of the questions, 1.96 standard errors of the questions' means over the seeds. A median has only the first.
+The half width of a 95 % interval adds two independent parts: that of the seeds, Student's t on the
+seeds' means, and that of the questions, 1.96 standard errors of the questions' means over the seeds.
+A median has only the first part.
+
+The paths are LOR (language-only reasoning) and DTR (detect-then-reason: 3D coordinates first).
 """
 
-import argparse
 import glob
 import os
+from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 
-import eval
-from engine import report
-from engine.settings import run_main
+from engine.report import log_lines
+from engine.settings import parse, run_main, setting
+from eval import load_json
 from formats.errors import UserError
-from world import questions
+from world.questions import GENERAL_FAMILIES, REGION_FAMILIES
 
-T95 = [
-    np.inf,
-    12.71,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-]  # Student's t, 1, 2, .. free
+ALL_FAMILIES = {**REGION_FAMILIES, **GENERAL_FAMILIES}
+# The rows of the tables: name, path, tasks, what is averaged (of the centre errors: the median).
 ROWS = [
-    (f"{path.upper()} {pool}: {key}", path, tasks, key)
-    for path in ("lor", "dtr")
-    for pool, tasks, key in (
-        ("region", questions.REGION_FAMILIES, "accuracy"),
-        ("depths", ["depth", "move"], "accuracy"),
-        ("general", questions.GENERAL_FAMILIES, "accuracy"),
-        ("all", {**questions.REGION_FAMILIES, **questions.GENERAL_FAMILIES}, "reward"),
-        ("all", {**questions.REGION_FAMILIES, **questions.GENERAL_FAMILIES}, "format"),
-    )
+    ("LOR region: accuracy", "lor", REGION_FAMILIES, "accuracy"),
+    ("LOR depths: accuracy", "lor", ["depth", "move"], "accuracy"),
+    ("LOR general: accuracy", "lor", GENERAL_FAMILIES, "accuracy"),
+    ("LOR all: reward", "lor", ALL_FAMILIES, "reward"),
+    ("LOR all: format", "lor", ALL_FAMILIES, "format"),
+    ("DTR region: accuracy", "dtr", REGION_FAMILIES, "accuracy"),
+    ("DTR depths: accuracy", "dtr", ["depth", "move"], "accuracy"),
+    ("DTR general: accuracy", "dtr", GENERAL_FAMILIES, "accuracy"),
+    ("DTR all: reward", "dtr", ALL_FAMILIES, "reward"),
+    ("DTR all: format", "dtr", ALL_FAMILIES, "format"),
+    ("DTR region: detection reward", "dtr", REGION_FAMILIES, "detection"),
+    ("DTR region: centre error, m", "dtr", REGION_FAMILIES, "center_errors_m"),
 ]
-ROWS += [
-    ("DTR region: detection reward", "dtr", questions.REGION_FAMILIES, "detection"),
-    ("DTR region: centre error, m", "dtr", questions.REGION_FAMILIES, "center_errors_m"),
-]
+# Student's t, two-sided 95 %, by degrees of freedom: 0, 1, 2, ...
+T95 = [np.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
 COLORS = ["#9aa3ad", "#e0a458", "#1a6fc9", "#7b4fb5", "#47772a", "#c2541a"]  # of the columns
+CURVES = [  # key in metrics.jsonl, name, colour
+    ("lor_reward", "LOR reward", "#1a6fc9"),
+    ("dtr_reward", "DTR reward", "#c2541a"),
+    ("dtr_detection", "DTR detection reward", "#47772a"),
+]
+
+
+@dataclass
+class Settings:
+    columns: list = setting([], "NAME=PATTERN: evaluations, one file per seed", positional=True)
+    curves: str = setting("", "metrics.jsonl of the GRPO runs, a pattern; for the figure")
+    figure: str = setting("", "SVG file to draw")
+    course: bool = setting(False, "also how each GRPO run went")
+
+
+def show():
+    """Print the tables, and draw the figure if it is asked for."""
+    settings = parse(Settings, __doc__)
+    if not all("=" in column for column in settings.columns):
+        raise UserError('columns: need NAME=PATTERN, such as "GRPO=out/grpo_*/eval.json"')
+    heads, patterns = zip(*(column.split("=", 1) for column in settings.columns))
+    columns = [load(pattern) for pattern in patterns]
+    counts = [f"{head} {len(seeds)}" for head, seeds in zip(heads, columns)]
+    print("seeds: " + ", ".join(counts))
+    rows = rows_of(columns)
+    means = with_intervals(rows)
+    show_table("mean", heads, means)
+    if len(columns) > 1:
+        show_differences(heads, columns, rows)
+    if settings.course:
+        show_course(heads, patterns, seed_count=len(columns[0]))
+    for head, seeds in zip(heads, columns):
+        show_path_gaps(head, seeds)
+    if settings.figure:
+        draw(settings.figure, heads, means, settings.curves)
+
+
+# ----------------------------------------------------------------------------------------------
+# values and their intervals
 
 
 def load(pattern):
-    """The responses of each seed's evaluation: a list a file."""
+    """The responses of each seed's evaluation: a list per file."""
     files = sorted(glob.glob(pattern))
     if not files:
         raise UserError(f"{pattern}: no such file; make it with grpo.py, or with eval.py --json")
-    return [eval.load_json(file)["responses"] for file in files]
+    return [load_json(file)["responses"] for file in files]
+
+
+def rows_of(columns):
+    """The rows of ROWS that every column has values for: [(name, questions, values), ...].
+
+    values: an array (seeds, questions) per column.
+    """
+    rows = []
+    for name, path, tasks, key in ROWS:
+        of_columns = [values(seeds, path, tasks, key) for seeds in columns]
+        if all(x.size for x in of_columns):
+            asked = answers(columns[0][0], path, tasks)
+            rows.append((name, len(asked), of_columns))
+    return rows
+
+
+def answers(results, path, tasks):
+    """The results of one path and some tasks."""
+    return [result for result in results if result["path"] == path and result["task"] in tasks]
 
 
 def values(seeds, path, tasks, key):
-    """(seeds, questions) of a metric; of the centre errors: (seeds, 1), their median."""
-    rows = [
-        [
-            r[key]
-            for r in one
-            if r["path"] == path and r["task"] in tasks and r[key] not in (None, [])
-        ]
-        for one in seeds
-    ]
+    """(seeds, questions) of a metric; of the centre errors: (seeds, 1), their median in metres.
+
+    Empty where a seed's file is of an older version that lacked this part of the reward.
+    """
+    of_seeds = []
+    lacking = False
+    for results in seeds:
+        asked = answers(results, path, tasks)
+        # Also today, questions without centres have no detection reward and no centre errors.
+        known = [result[key] for result in asked if result[key] not in (None, [])]
+        lacking |= bool(asked) and not known
+        of_seeds.append(known)
     if key == "center_errors_m":
-        rows = [
-            [np.median([np.inf if e is None else e for errors in row for e in errors])]
-            for row in rows
-        ]
-    if len({len(row) for row in rows}) > 1:
+        of_seeds = [[median_error(errors)] for errors in of_seeds]
+    elif lacking:
+        return np.empty((len(seeds), 0))
+    if len({len(known) for known in of_seeds}) > 1:
         raise UserError(f"{key} of {path}: the seeds were asked different questions")
-    return np.array(rows, float)
+    return np.array(of_seeds, float)
+
+
+def median_error(errors_of_questions):
+    """The median over all objects, infinite without a prediction; NaN without any object."""
+    errors = []
+    for of_question in errors_of_questions:
+        errors += [np.inf if error is None else error for error in of_question]
+    return np.median(errors) if errors else np.nan
 
 
 def interval(x):
-    """Mean of x (seeds, questions) and the half width of its 95 % interval (see above); one seed: of the questions."""
-    seeds, count = x.shape
+    """Mean of x (seeds, questions), and the half width of its 95 % interval (see the top).
+
+    One seed: the interval of the questions only.
+    """
+    seeds, questions = x.shape
     if not np.isfinite(x).all():  # a median over mostly missing centres
         return np.nan, np.nan
-    of_seeds = (
-        T95[min(seeds, len(T95)) - 1] * x.mean(1).std(ddof=1) / seeds**0.5 if seeds > 1 else 0.0
-    )
-    of_questions = 1.96 * x.mean(0).std(ddof=1) / count**0.5 if count > 1 else 0.0
+    of_seeds = 0.0
+    if seeds > 1:
+        degrees = min(seeds, len(T95)) - 1
+        of_seeds = T95[degrees] * x.mean(1).std(ddof=1) / seeds**0.5
+    of_questions = 0.0
+    if questions > 1:
+        of_questions = 1.96 * x.mean(0).std(ddof=1) / questions**0.5
     return x.mean(), np.hypot(of_seeds, of_questions)
 
 
-def course(pattern):
-    """How the GRPO runs beside the files of a pattern went: {what: (runs, 1)}, of sampled responses.
-
-    The deepest fall is that of the reward, averaged over both paths and ten steps, below its highest value before.
-    """
-    found = {}
-    for file in sorted(glob.glob(pattern)):
-        log = os.path.join(os.path.dirname(file), "metrics.jsonl")
-        lines = report.log_lines(log) if os.path.isfile(log) else []
-        if not any("kept" in line for line in lines):
-            raise UserError(f"--course: {log} is not of grpo.py; give only its eval.json")
-        steps = lambda key: np.array([line.get(key, np.nan) for line in lines], float)
-        both = np.nanmean([steps("lor_reward"), steps("dtr_reward")], 0)
-        smooth = np.convolve(both, np.ones(10) / 10, "valid") if len(both) >= 10 else both
-        row = {
-            f"{path.upper()}: {key}, {name} 10 steps": steps(f"{path}_{key}")[part].mean()
-            for path in ("lor", "dtr")
-            for key in ("reward", "format")
-            for name, part in (("first", slice(10)), ("last", slice(-10, None)))
-        }
-        row |= {
-            "deepest fall of the reward": (np.maximum.accumulate(smooth) - smooth).max(),
-            "groups kept": steps("kept").mean(),
-            "responses cut off": steps("cut").mean(),
-        }
-        for name, value in row.items():
-            found.setdefault(name, []).append([value])
-    return {name: np.array(value) for name, value in found.items()}
+def with_intervals(rows):
+    """Rows of values -> lines of a table: [(name, questions, [(mean, half width), ...]), ...]."""
+    lines = []
+    for name, count, of_columns in rows:
+        lines.append((name, count, [interval(x) for x in of_columns]))
+    return lines
 
 
-def table(title, heads, lines):
-    """A table in Markdown. lines: (name, n, [(mean, half width), ...])"""
-    print(f"\n| {title} | n | " + " | ".join(heads) + " |\n|" + "---|" * (len(heads) + 2))
+def differences(rows):
+    """Rows of values -> rows of each later column minus the first column, seed by seed."""
+    changes = []
+    for name, count, (base, *others) in rows:
+        sound = all(x.shape == base.shape and np.isfinite(x).all() for x in (base, *others))
+        if sound:
+            changes.append((name, count, [x - base for x in others]))
+    return changes
+
+
+# ----------------------------------------------------------------------------------------------
+# tables in Markdown
+
+
+def show_table(title, heads, lines):
+    """lines: [(name, questions, [(mean, half width), ...]), ...]"""
+    print(f"\n| {title} | n | " + " | ".join(heads) + " |")
+    print("|" + "---|" * (len(heads) + 2))
+    sign = "+" if title.startswith("minus") else ""
     for name, count, cells in lines:
-        texts = [number(*cell, "+" * title.startswith("minus")) for cell in cells]
+        texts = [number(mean, half, sign) for mean, half in cells]
         print(f"| {name} | {count} | " + " | ".join(texts) + " |")
 
 
-def number(mean, width, sign="+"):
+def number(mean, half, sign="+"):
     if not np.isfinite(mean):
         return "–"
-    return f"{mean:{sign}.3f}" + (f" ± {width:.3f}" if width else "")  # one run has no width
+    text = f"{mean:{sign}.3f}"
+    return f"{text} ± {half:.3f}" if half else text  # a median of one run has no width
 
 
-def seed_by_seed(heads, changes):
-    """The changes of the rewards and of the centre error, a seed at a time: (name, [x (seeds, questions), ...])."""
-    print(
-        f"\n| seed by seed, minus {heads[0]} | "
-        + " | ".join(heads[1:])
-        + " |\n|"
-        + "---|" * len(heads)
-    )
-    for name, columns in changes:
-        cells = [", ".join(number(*interval(one[None])) for one in column) for column in columns]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+def show_differences(heads, columns, rows):
+    """The tables of each column minus the first one, where all answer the same questions."""
+    asked = set()
+    for seeds in columns:
+        for results in seeds:
+            asked.add(tuple((result["path"], result["id"]) for result in results))
+    if len(asked) > 1:
+        print("\nthe columns answer different questions: no differences")
+        return
+    changes = differences(rows)
+    show_table(f"minus {heads[0]}", heads[1:], with_intervals(changes))
+    if len(columns[0]) > 1:
+        show_seeds(heads, changes)
 
 
-def text(x, y, words, size=12, anchor="start", color="#333"):
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{color}">{escape(words)}'
-        "</text>"
-    )
+def show_seeds(heads, changes):
+    """The changes of the rewards and of the centre error, seed by seed."""
+    print(f"\n| seed by seed, minus {heads[0]} | " + " | ".join(heads[1:]) + " |")
+    print("|" + "---|" * len(heads))
+    for name, _, of_columns in changes:
+        if name.endswith(("reward", "error, m")):
+            cells = []
+            for x in of_columns:
+                cells.append(", ".join(number(*interval(of_seed[None])) for of_seed in x))
+            print(f"| {name} | " + " | ".join(cells) + " |")
 
 
-def panel(x, y, width, height, low, high, title):
-    """Frame, grid and labels of a panel; and the function from a value to its height on the page."""
-    place = lambda value: y + height * (high - value) / (high - low)
-    out = text(x, y - 12, title, 13)
-    for tick in np.linspace(low, high, 5):
-        out += f'<line x1="{x}" x2="{x + width}" y1="{place(tick):.1f}" y2="{place(tick):.1f}" stroke="#e3e6ea"/>'
-        out += text(
-            x - 6, place(tick) + 4, f"{tick:.2f}".rstrip("0").rstrip("."), 11, "end", "#666"
+def show_path_gaps(head, seeds):
+    """The accuracy of DTR minus that of LOR, where both paths were asked the same."""
+    text = ""
+    for pool, tasks in (("region", REGION_FAMILIES), ("general", GENERAL_FAMILIES)):
+        lor = values(seeds, "lor", tasks, "accuracy")
+        dtr = values(seeds, "dtr", tasks, "accuracy")
+        if lor.size and lor.shape == dtr.shape:
+            mean, half = interval(dtr - lor)
+            text += f"  {pool} {mean:+.3f} ± {half:.3f}"
+    print(f"{head}: accuracy of DTR minus LOR{text}")
+
+
+# ----------------------------------------------------------------------------------------------
+# how the runs went: the rewards of sampled responses, from metrics.jsonl
+
+
+def show_course(heads, patterns, seed_count):
+    """The table of --course; what a cold start's file lies beside is the GRPO that came after it."""
+    course_of = {}
+    for head, pattern in zip(heads, patterns):
+        if not pattern.endswith("eval_cold_start.json"):
+            course_of[head] = course(pattern)
+    lines = []
+    for name in next(iter(course_of.values()), []):
+        lines.append(
+            (name, seed_count, [interval(of_runs[name]) for of_runs in course_of.values()])
         )
-    return out, place
+    show_table("during GRPO", list(course_of), lines)
 
 
-def curves(pattern, x, y, width, height):
-    """Reward of both paths and the detection reward against the steps: mean over the seeds, band from least to most."""
-    runs = [report.log_lines(file) for file in sorted(glob.glob(pattern))]
-    if not runs:
-        raise UserError(f"--curves {pattern}: no such file")
-    length = min(map(len, runs))
-    lines = {}
-    for key, name, color in (
-        ("lor_reward", "LOR reward", "#1a6fc9"),
-        ("dtr_reward", "DTR reward", "#c2541a"),
-        ("dtr_detection", "DTR detection reward", "#47772a"),
-    ):
-        raw = [[line.get(key, np.nan) for line in one[:length]] for one in runs]
-        window = max(1, length // 8)
-        lines[name] = (
-            color,
-            np.array([np.convolve(one, np.ones(window) / window, "valid") for one in raw]),
-        )
-    low = np.floor(10 * min(np.nanmin(v) for _, v in lines.values())) / 10
-    high = np.ceil(10 * max(np.nanmax(v) for _, v in lines.values())) / 10
-    out, place = panel(x, y, width, height, low, high, "sampled rewards during GRPO, running mean")
-    for i, (name, (color, v)) in enumerate(lines.items()):
-        xs = x + width * np.linspace(0, 1, v.shape[1])
-        points = lambda ys: " ".join(f"{a:.1f},{place(b):.1f}" for a, b in ys)
-        band = [*zip(xs, v.max(0)), *zip(xs[::-1], v.min(0)[::-1])]
-        out += f'<polygon points="{points(band)}" fill="{color}" opacity="0.18"/>'
-        out += f'<polyline points="{points(zip(xs, v.mean(0)))}" fill="none" stroke="{color}" stroke-width="2"/>'
-        out += (
-            f'<rect x="{x + 95 * i}" y="{y + height + 26}" width="10" height="10" fill="{color}"/>'
-        )
-        out += text(x + 14 + 95 * i, y + height + 35, name)
-    return (
-        out
-        + text(x, y + height + 16, "step 0", 11)
-        + text(x + width, y + height + 16, str(length), 11, "end")
-    )
+def course(pattern):
+    """How the GRPO runs beside the files of a pattern went: {what: (runs, 1)}."""
+    found = {}
+    for file in sorted(glob.glob(pattern)):
+        log = os.path.join(os.path.dirname(file), "metrics.jsonl")
+        lines = log_lines(log) if os.path.isfile(log) else []
+        if not any("kept" in line for line in lines):
+            raise UserError(f"--course: {log} is not of grpo.py; give only its eval.json")
+        for name, value in course_of_run(lines).items():
+            found.setdefault(name, []).append([value])
+    return {name: np.array(of_runs) for name, of_runs in found.items()}
 
 
-def bars(heads, lines, x, y, width, height):
-    """Means with their intervals: a group of bars a line of the table, a bar a column."""
-    out, place = panel(
-        x, y, width, height, 0, 1, "greedy answers to held-out questions, 95 % intervals"
-    )
-    step = width / len(lines)
-    each = 0.8 * step / len(heads)
-    for i, (name, _, cells) in enumerate(lines):
-        for k, ((mean, half), color) in enumerate(zip(cells, COLORS)):
-            left, top = x + step * (i + 0.1) + k * each, place(mean)
-            out += (
-                f'<rect x="{left:.1f}" y="{top:.1f}" width="{0.9 * each:.1f}" height="{place(0) - top:.1f}" '
-                f'fill="{color}"/>'
-            )
-            middle, ends = (
-                left + 0.45 * each,
-                (place(max(mean - half, 0)), place(min(mean + half, 1))),
-            )
-            out += (
-                f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}" stroke="#222" '
-                'stroke-width="1.5"/>'
-            )
-        for row, words in enumerate(name.split(": ")):
-            out += text(x + step * (i + 0.5), y + height + 16 + 13 * row, words, 11, "middle")
-    for k, (head, color) in enumerate(zip(heads, COLORS)):
-        out += (
-            f'<rect x="{x + 130 * k}" y="{y + height + 44}" width="10" height="10" fill="{color}"/>'
-        )
-        out += text(x + 14 + 130 * k, y + height + 53, head)
-    return out
+def course_of_run(lines):
+    """How one run went: {what: number}, NaN where a step of it has no value.
+
+    The deepest fall is that of the reward, averaged over both paths and ten steps, below its highest
+    value before.
+    """
+    found = {}
+    for path in ("lor", "dtr"):
+        for key in ("reward", "format"):
+            steps = per_step(lines, f"{path}_{key}")
+            found[f"{path.upper()}: {key}, first 10 steps"] = steps[:10].mean()
+            found[f"{path.upper()}: {key}, last 10 steps"] = steps[-10:].mean()
+    reward = np.nanmean([per_step(lines, "lor_reward"), per_step(lines, "dtr_reward")], 0)
+    if len(reward) >= 10:
+        reward = running_mean(reward, 10)
+    found["deepest fall of the reward"] = (np.maximum.accumulate(reward) - reward).max()
+    found["groups kept"] = per_step(lines, "kept").mean()
+    found["responses cut off"] = per_step(lines, "cut").mean()
+    return found
 
 
-def draw(path, heads, lines, pattern):
+def per_step(lines, key):
+    """The values of a key, NaN in the steps that lack it."""
+    return np.array([line.get(key, np.nan) for line in lines], float)
+
+
+def running_mean(steps, window):
+    return np.convolve(steps, np.ones(window) / window, "valid")
+
+
+# ----------------------------------------------------------------------------------------------
+# the figure: SVG, without a library
+
+
+@dataclass
+class Panel:
+    """A chart's frame on the page, in pixels, and the values at its lower and upper edge."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+    low: float = 0
+    high: float = 1
+
+    def height_of(self, value):
+        """Where a value lies on the page; y points down."""
+        return self.y + self.height * (self.high - value) / (self.high - self.low)
+
+
+def draw(path, heads, lines, curves_pattern):
+    """The figure at path: the bars of the table's accuracies and rewards; beside them the curves."""
     shown = [line for line in lines if not line[0].endswith(("format", "m"))]
-    body = bars(heads, shown, 400 if pattern else 50, 50, 560, 220)
-    body += curves(pattern, 50, 50, 290, 220) if pattern else ""
-    width = 980 if pattern else 630
+    if curves_pattern:
+        width = 980
+        body = bars(heads, shown, Panel(400, 50, 560, 220))
+        body += curves(curves_pattern, Panel(50, 50, 290, 220))
+    else:
+        width = 630
+        body = bars(heads, shown, Panel(50, 50, 560, 220))
     with open(path, "w") as file:
         file.write(
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 340" font-family="sans-serif">'
-            f'<rect width="{width}" height="340" fill="white"/>{body}</svg>\n'
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 340" '
+            f'font-family="sans-serif"><rect width="{width}" height="340" fill="white"/>'
+            f"{body}</svg>\n"
         )
     print(f"\nfigure: {path}")
 
 
-def show():
-    """The command line: the tables, and the figure if asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def bars(heads, lines, panel):
+    """Means with their intervals: a group of bars per line of the table, a bar per column."""
+    out = frame(panel, "greedy answers to held-out questions, 95 % intervals")
+    step = panel.width / len(lines)
+    bottom = panel.y + panel.height
+    for i, (name, _, cells) in enumerate(lines):
+        out += group_of_bars(cells, panel, panel.x + step * (i + 0.1), 0.8 * step / len(heads))
+        for row, words in enumerate(name.split(": ")):
+            middle = panel.x + step * (i + 0.5)
+            out += text(middle, bottom + 16 + 13 * row, words, 11, "middle")
+    for k, (head, color) in enumerate(zip(heads, COLORS)):
+        out += legend_entry(panel.x + 130 * k, bottom + 44, head, color)
+    return out
+
+
+def group_of_bars(cells, panel, x, step):
+    """The bars of one line of the table, from x on, a step apart."""
+    out = ""
+    for k, ((mean, half), color) in enumerate(zip(cells, COLORS)):
+        left = x + k * step
+        top = panel.height_of(mean)
+        out += (
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{0.9 * step:.1f}" '
+            f'height="{panel.height_of(0) - top:.1f}" fill="{color}"/>'
+        )
+        middle = left + 0.45 * step
+        low = panel.height_of(max(mean - half, 0))
+        high = panel.height_of(min(mean + half, 1))
+        out += (
+            f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="{low:.1f}" y2="{high:.1f}" '
+            'stroke="#222" stroke-width="1.5"/>'
+        )
+    return out
+
+
+def curves(pattern, panel):
+    """The rewards against the steps: mean over the seeds, in a band from the least to the most."""
+    runs = [log_lines(file) for file in sorted(glob.glob(pattern))]
+    if not runs:
+        raise UserError(f"--curves {pattern}: no such file")
+    length = min(len(lines) for lines in runs)
+    rewards = []  # per curve: (runs, steps)
+    for key, _, _ in CURVES:
+        of_runs = [per_step(lines[:length], key) for lines in runs]
+        window = max(1, length // 8)
+        rewards.append(np.array([running_mean(steps, window) for steps in of_runs]))
+    panel.low = np.floor(10 * min(np.nanmin(of_runs) for of_runs in rewards)) / 10
+    panel.high = np.ceil(10 * max(np.nanmax(of_runs) for of_runs in rewards)) / 10
+    out = frame(panel, "sampled rewards during GRPO, running mean")
+    bottom = panel.y + panel.height
+    for i, ((_, name, color), of_runs) in enumerate(zip(CURVES, rewards)):
+        out += curve(of_runs, color, panel)
+        out += legend_entry(panel.x + 95 * i, bottom + 26, name, color)
+    out += text(panel.x, bottom + 16, "step 0", 11)
+    out += text(panel.x + panel.width, bottom + 16, str(length), 11, "end")
+    return out
+
+
+def curve(of_runs, color, panel):
+    """One curve with its band; of_runs (runs, steps)."""
+    xs = panel.x + panel.width * np.linspace(0, 1, of_runs.shape[1])
+
+    def points(xs, values):
+        return " ".join(f"{x:.1f},{panel.height_of(value):.1f}" for x, value in zip(xs, values))
+
+    # The band's outline: along its upper edge, and back along its lower one.
+    upper = points(xs, of_runs.max(0))
+    lower = points(xs[::-1], of_runs.min(0)[::-1])
+    middle = points(xs, of_runs.mean(0))
+    return (
+        f'<polygon points="{upper} {lower}" fill="{color}" opacity="0.18"/>'
+        f'<polyline points="{middle}" fill="none" stroke="{color}" stroke-width="2"/>'
     )
-    parser.add_argument(
-        "columns", nargs="+", metavar="NAME=PATTERN", help="evaluations, one file a seed"
+
+
+def frame(panel, title):
+    """The title, grid and labels of a panel."""
+    out = text(panel.x, panel.y - 12, title, 13)
+    for value in np.linspace(panel.low, panel.high, 5):
+        y = panel.height_of(value)
+        out += (
+            f'<line x1="{panel.x}" x2="{panel.x + panel.width}" y1="{y:.1f}" y2="{y:.1f}" '
+            'stroke="#e3e6ea"/>'
+        )
+        label = f"{value:.2f}".rstrip("0").rstrip(".")
+        out += text(panel.x - 6, y + 4, label, 11, "end", "#666")
+    return out
+
+
+def legend_entry(x, y, words, color):
+    square = f'<rect x="{x}" y="{y}" width="10" height="10" fill="{color}"/>'
+    return square + text(x + 14, y + 9, words)
+
+
+def text(x, y, words, size=12, anchor="start", color="#333"):
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" '
+        f'fill="{color}">{escape(words)}</text>'
     )
-    parser.add_argument("--curves", default="", help="metrics.jsonl of the GRPO runs, a pattern")
-    parser.add_argument("--figure", default="", help="SVG file to draw")
-    parser.add_argument("--course", action="store_true", help="also how each GRPO run went")
-    args = parser.parse_args()
-    if not all("=" in column for column in args.columns):
-        raise UserError('columns: need NAME=PATTERN, such as "GRPO=out/grpo_*/eval.json"')
-    heads, patterns = zip(*(column.split("=", 1) for column in args.columns))
-    found, lines, changes = [load(pattern) for pattern in patterns], [], []
-    same = len({tuple((r["path"], r["id"]) for r in one) for seeds in found for one in seeds}) == 1
-    print("seeds: " + ", ".join(f"{head} {len(seeds)}" for head, seeds in zip(heads, found)))
-    for name, *what in ROWS:
-        all_values = [values(seeds, *what) for seeds in found]
-        if not all(x.size for x in all_values):
-            continue
-        count = sum(r["path"] == what[0] and r["task"] in what[1] for r in found[0][0])
-        lines.append((name, count, [interval(x) for x in all_values]))
-        if same and all(
-            x.shape == all_values[0].shape and np.isfinite(x).all() for x in all_values
-        ):
-            changes.append((name, count, [x - all_values[0] for x in all_values[1:]]))
-    table("mean", heads, lines)
-    if heads[1:] and not same:
-        print("\nthe columns answer different questions: no differences")
-    elif heads[1:]:
-        table(
-            f"minus {heads[0]}",
-            heads[1:],
-            [(name, n, [interval(x) for x in minus]) for name, n, minus in changes],
-        )
-        if len(found[0]) > 1:
-            seed_by_seed(
-                heads,
-                [
-                    (name, minus)
-                    for name, _, minus in changes
-                    if name.endswith(("reward", "error, m"))
-                ],
-            )
-    if args.course:
-        runs = {
-            head: course(pattern)
-            for head, pattern in zip(heads, patterns)
-            if not pattern.endswith("eval_cold_start.json")
-        }  # beside GRPO's, before it
-        table(
-            "during GRPO",
-            list(runs),
-            [
-                (name, len(found[0]), [interval(one[name]) for one in runs.values()])
-                for name in next(iter(runs.values()), [])
-            ],
-        )
-    for head, seeds in zip(heads, found):
-        both = [
-            (pool, *(values(seeds, path, tasks, "accuracy") for path in ("lor", "dtr")))
-            for pool, tasks in (
-                ("region", questions.REGION_FAMILIES),
-                ("general", questions.GENERAL_FAMILIES),
-            )
-        ]
-        print(
-            f"{head}: accuracy of DTR minus LOR"
-            + "".join(
-                "  {} {:+.3f} ± {:.3f}".format(pool, *interval(dtr - lor))
-                for pool, lor, dtr in both
-                if lor.size and lor.shape == dtr.shape
-            )
-        )
-    if args.figure:
-        draw(args.figure, heads, lines, args.curves)
 
 
 def main():
+    """The command; what is wrong with it ends in one line and exit code 2."""
     run_main(show)
 
 

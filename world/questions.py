@@ -1,52 +1,141 @@
-"""Questions about a scene, their exact answers, and a chain of thought for each path, all made from the annotation.
+"""Questions about a scene, their exact answers, and a chain of thought for each of the two paths.
 
-One question becomes two instances (data.py reads the format): LOR reasons in words without coordinates, DTR first
-writes the 3D centres of the objects and then computes with the coordinates as written. Six region-metric families ask
-about marked objects, five general ones about the whole image; the grounding families have no chain of thought.
+    rows = ask_questions(make_scene(7), 0)   # about the scene of seed 7 (world/raycast.py)
+    rows = grounding(make_scene(7), 0)       # the same scene, without chains of thought
 
-The paper has its traces written by an expert model and does not check them. Here they follow from the annotation, so
-each ends in its own answer and its arithmetic is right as written.
+A row is a dict in the published format (formats/instances.py). One question becomes two rows: LOR
+(language-only reasoning) thinks in words without coordinates, DTR (detect-then-reason) first writes
+the 3D centres of the objects and then computes with the coordinates as written. Six families of
+questions ask about regions, the marked objects, five general ones about the whole image. Grounding
+tasks (where is it, what is it) have no chain of thought.
+
+Everything is made from the annotation of a Scene (formats/scenes.py), of a synthetic or of a real
+picture. The paper has its traces written by an expert model and does not check them. Here they
+follow from the annotation, so each ends in its own answer and its arithmetic is right as written.
+
+Lengths in a trace are whole tenths of a metre, kept as integers: one decimal is enough, and the
+arithmetic is exact.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from zlib import crc32
 
 import numpy as np
 
-from world import raycast
-from world.raycast import COLORS
+from world.raycast import COLORS, SHAPES
 
-SHAPES = list(raycast.SHAPES)
-MARKS = ["red bbox", "blue bbox", "green bbox"]  # in the order in which a question uses them
+RED = "red bbox"
+BLUE = "blue bbox"
+GREEN = "green bbox"
+MARKS = [RED, BLUE, GREEN]  # in the order in which a question uses them
 MARGIN = 0.3  # metres; nearer ties are not asked about
-LARGER = 1.3  # times as large in the picture, likewise
+LARGER = 1.3  # times as large in the picture; nearer ties are not asked about
+# Per axis x, y, z: what an object with the smaller coordinate is called, and one with the larger.
 AXES = [
     ("to the left of", "to the right of"),
     ("above", "below"),
     ("in front of", "behind"),
-]  # smaller, larger
+]
+# Tasks of `grounding` that need no picture, only a text: practice of one step of a response.
+TEXT_ONLY = [
+    "derive",  # a question and what its response would first find -> what follows
+    "measure",  # the same for distances, whose derivations are long
+    "lookup",  # a list and some colors -> what stands beside each color
+]
+# All tasks of `grounding`.
+GROUNDING = [
+    "center",  # regions -> their 3D centres
+    "region_qa",  # regions -> what is in them
+    "mark_qa",  # marks in the picture -> what is in them, and where it is, in words
+    "box3d",  # one region -> its 3D box
+    "ground2d",  # a name -> its 2D box
+    "listing",  # all that the image holds
+    "vqa",  # a question of a general family -> its answer at once
+    *TEXT_ONLY,
+]
+# Numbers of a scene's random streams. Where families draw, the n-th adds n to the number.
+STREAMS = {
+    "questions": 0,
+    "vqa": 50,
+    "text_only": 70,
+    "lookup": 98,
+    "grounding": 99,
+}
 
 
 @dataclass
 class Ask:
+    """One question about a scene, as a family makes it."""
+
     text: str  # the question; a mark is written as its name, "red bbox"
     answer: str  # exact, from the annotated centres
-    marked: list  # objects that carry MARKS[0], MARKS[1], ..; empty for a question about the whole image
+    marked: list  # objects that carry MARKS[0], MARKS[1], ...; empty: about the whole image
     words: str  # LOR: reasoning without coordinates
-    solve: object  # DTR: (tenths of the centres, one xyz a marked object) -> (derivation, answer) or None
+    # DTR: centres in tenths, x y z per marked object -> (derivation, answer), or None where the
+    # rounded centres leave no answer.
+    solve: Callable
 
 
-def tenths(point):
-    """A point in metres -> whole tenths, as the traces write it."""
-    return [int(round(10 * float(v))) for v in point]
+def ask_questions(scene, seed, sensor=False, tasks=None):
+    """One question of each family that the scene allows -> two rows each: LOR, then DTR.
+
+    sensor: centres, and the answers that follow, are what a depth camera sees, the mean of the
+    visible surface: the imperfect annotation of the cold start. tasks: names of families, default
+    all. The field "answer" is exact; the trace ends in the answer that follows from its own,
+    rounded, coordinates.
+    """
+    rows = []
+    objects = objects_of(scene, sensor)
+    for number, task in enumerate(FAMILIES):
+        if tasks and task not in tasks:
+            continue
+        rng = random_stream(scene, seed, STREAMS["questions"] + number)
+        solved = solved_question(task, rng, objects)
+        if solved:
+            ask, derivation, answer = solved
+            rows.append(lor_row(scene, task, ask))
+            rows.append(dtr_row(scene, task, ask, objects, derivation, answer))
+    return rows
 
 
-def meters(tenth):
-    return f"{'-' if tenth < 0 else ''}{abs(tenth) // 10}.{abs(tenth) % 10}"
+def solved_question(task, rng, objects):
+    """A question of one family -> (Ask, derivation, derived answer); None where it has none."""
+    if not can_ask(task, objects):
+        return None
+    ask = FAMILIES[task](rng, objects)
+    if ask is None:
+        return None
+    solution = ask.solve(centers_in_tenths(ask.marked))
+    if solution is None:
+        return None
+    derivation, answer = solution
+    return ask, derivation, answer
 
 
-def name(obj):
-    return f"{obj['color']} {obj['label']}" if obj["color"] else obj["label"]
+def can_ask(task, objects):
+    """Does a family have enough objects, and a general one their colors?
+
+    Objects of real pictures have no color.
+    """
+    if len(objects) < NEEDS.get(task, 1):
+        return False
+    return task in REGION_FAMILIES or all_colored(objects)
+
+
+def all_colored(objects):
+    return all(obj["color"] for obj in objects)
+
+
+def objects_of(scene, sensor):
+    """The scene's objects, largest 2D box first; sensor: centres are means of visible surfaces."""
+    field = "surface" if sensor else "center"
+    objects = []
+    for obj in scene.objects:
+        if obj[field] is not None:  # a real object without depth has no surface
+            center = np.asarray(obj[field], float)
+            objects.append({**obj, "center": center})
+    return sorted(objects, key=box_area, reverse=True)
 
 
 def box_area(obj):
@@ -55,240 +144,243 @@ def box_area(obj):
     return (right - left) * (bottom - top)
 
 
-def letter(options, choice):
-    return "ABCDEF"[options.index(choice)]
+def random_stream(scene, seed, number):
+    """A random stream of this scene's own; number: what it is for, see STREAMS."""
+    scene_number = crc32(scene.id.encode())
+    return np.random.default_rng([scene_number, seed, number])
 
 
-def show(options):
-    """Options in a fixed order, so that a letter means one thing in a family: to look letters up among shuffled options
-    is a skill of its own, which costs a model of 1 M parameters more than the geometry."""
-    return " " + " ".join(f"{letter(options, o)}. {o}" for o in options)
-
-
-def pick(words, limits, value):
-    return words[sum(value >= limit for limit in limits)]
-
-
-def how_far(depth):
-    return pick(
-        ["very near", "near", "at middle range", "far", "very far"], [2.2, 3.5, 5, 6.3], depth
-    )
-
-
-def apart(gap):
-    return pick(
-        ["almost touching", "close together", "some way apart", "far apart"], [0.8, 1.5, 2.8], gap
-    )
-
-
-def place(obj, mark):
-    """What a mark holds, in words: the evidence of the language-only path."""
-    x, y, z = obj["center"]
-    side = pick(["on the left", "in the middle", "on the right"], [-0.15, 0.15], x / z)
-    return f"The {mark} holds a {name(obj)} {side}, {how_far(z)}."
-
-
-def squared_distance(a, b):
-    """Derivation of |a - b|^2 in tenths, every number rounded to one decimal as written; and the sum.
-
-    The coordinates are written again, p~q=|p - q|: to find and to subtract them in one step is beyond a tiny model."""
-    d = [abs(p - q) for p, q in zip(a, b)]
-    squares = [(v * v + 5) // 10 for v in d]
-    text = " ".join(f"{meters(p)}~{meters(q)}={meters(v)}" for p, q, v in zip(a, b, d))
-    return text + "\n" + "+".join(meters(v) for v in squares) + "=" + meters(sum(squares)), sum(
-        squares
-    )
+# ----------------------------------------------------------------------------------------------
+# the families
+#
+# To add a family, whose name becomes the "task" of its rows:
+# 1. Its function, here: ask_NAME(rng, objects) -> Ask, or None where there is nothing to ask, as in
+#    a near tie. The objects come largest 2D box first; all randomness comes from rng.
+#    A region family marks one to three objects. It uses their "center" and what `describe` says of
+#    them, nothing else: tools/build.py asks the same families about mere points.
+#    A general family marks none and returns `about_image`.
+#    `solve` gets the centres as the response wrote them, and nothing else of an object; it returns
+#    None where rounding has made a tie. An option is answered by its letter. A length is written in
+#    metres, with two decimals in Ask.answer and with one in the trace.
+# 2. Its entry at the end of REGION_FAMILIES or of GENERAL_FAMILIES, below. Random streams count the
+#    families, region before general: the questions of those behind a new one change, too.
+# 3. Its entry in NEEDS, below, if it needs more than one object.
+# 4. Its entry in WORDING (world/transfer.py): the question in other words. Without it,
+#    `eval.py --world wording` stops with an error.
+# 5. tests/test_data.py reads every question a second time: teach it what the right answer is.
+# The blends, the evaluation and its tables find a family by these dicts.
+#
+# First the region families, about marked objects.
 
 
 def ask_depth(rng, objects):
     (a,) = rng.choice(objects, 1)
+
+    def solve(centers):
+        depth = meters(centers[0][2])
+        return f"The depth is z:{depth}.", depth
+
     return Ask(
-        "How far is the red bbox from the camera in depth, in meters?",
-        f"{a['center'][2]:.2f}",
-        [a],
-        place(a, MARKS[0]),
-        lambda c: (f"The depth is z:{meters(c[0][2])}.", meters(c[0][2])),
+        text="How far is the red bbox from the camera in depth, in meters?",
+        answer=f"{a['center'][2]:.2f}",
+        marked=[a],
+        words=describe(a, RED),
+        solve=solve,
     )
 
 
 def ask_move(rng, objects):
     (a,) = rng.choice(objects, 1)
-    step = int(rng.integers(5, 16))
+    step = int(rng.integers(5, 16))  # tenths
     if a["center"][2] < step / 10 + 0.5:  # the camera would stand in the object
         return None
+
+    def solve(centers):
+        before = centers[0][2]
+        after = meters(before - step)
+        return f"{meters(before)}-{meters(step)}={after}", after
+
     return Ask(
-        f"If the camera moves forward by {meters(step)} meters, what is the depth of the red bbox in meters?",
-        f"{a['center'][2] - step / 10:.2f}",
-        [a],
-        place(a, MARKS[0]),
-        lambda c: (
-            f"{meters(c[0][2])}-{meters(step)}={meters(c[0][2] - step)}",
-            meters(c[0][2] - step),
-        ),
+        text=f"If the camera moves forward by {meters(step)} meters, "
+        "what is the depth of the red bbox in meters?",
+        answer=f"{a['center'][2] - step / 10:.2f}",
+        marked=[a],
+        words=describe(a, RED),
+        solve=solve,
     )
 
 
 def ask_distance(rng, objects):
     a, b = rng.choice(objects, 2, replace=False)
-    gap = float(np.linalg.norm(a["center"] - b["center"]))
-    if gap < 0.5:  # a tenth of a metre is too coarse for a table top
+    gap = distance_between(a, b)
+    if gap < 0.5:  # a tenth of a metre is too coarse for things on a table top
         return None
 
-    def solve(c):
-        text, total = squared_distance(c[0], c[1])
-        root = meters(int(round((10 * total) ** 0.5)))
-        return f"{text}\nroot:{root}", root
+    def solve(centers):
+        derivation, square = squared_distance(centers[0], centers[1])
+        # The square is in tenths, too: ten times it is in hundredths, the squares of tenths.
+        root = meters(round((10 * square) ** 0.5))
+        return f"{derivation}\nroot:{root}", root
 
     return Ask(
-        "What is the distance between the red bbox and the blue bbox in meters?",
-        f"{gap:.2f}",
-        [a, b],
-        f"{place(a, MARKS[0])} {place(b, MARKS[1])} They are {apart(gap)}.",
-        solve,
+        text="What is the distance between the red bbox and the blue bbox in meters?",
+        answer=f"{gap:.2f}",
+        marked=[a, b],
+        words=f"{describe(a, RED)} {describe(b, BLUE)} They are {how_far_apart(gap)}.",
+        solve=solve,
     )
 
 
 def ask_nearer(rng, objects):
     a, b, c = rng.choice(objects, 3, replace=False)
-    gaps = [float(np.linalg.norm(a["center"] - o["center"])) for o in (b, c)]
-    if abs(gaps[0] - gaps[1]) < MARGIN:
+    gap_b = distance_between(a, b)
+    gap_c = distance_between(a, c)
+    if abs(gap_b - gap_c) < MARGIN:
         return None
-    options = MARKS[1:]
-    best = MARKS[1 + int(gaps[1] < gaps[0])]
+    options = [BLUE, GREEN]
+    nearer = GREEN if gap_c < gap_b else BLUE
 
-    def solve(p):
-        (one, s), (two, t) = squared_distance(p[0], p[1]), squared_distance(p[0], p[2])
-        if s == t:
+    def solve(centers):
+        to_blue, blue_square = squared_distance(centers[0], centers[1])
+        to_green, green_square = squared_distance(centers[0], centers[2])
+        if blue_square == green_square:
             return None
-        win = MARKS[1 + (t < s)]
-        return f"blue:{one}\ngreen:{two}\n{win} is nearer.", letter(options, win)
+        found = GREEN if green_square < blue_square else BLUE
+        derivation = f"blue:{to_blue}\ngreen:{to_green}\n{found} is nearer."
+        return derivation, letter(options, found)
 
-    words = place(a, MARKS[0]) + "".join(
-        f" {place(o, mark)} They are {apart(gap)}." for o, mark, gap in zip((b, c), MARKS[1:], gaps)
-    )
     return Ask(
-        "Which is nearer to the red bbox?" + show(options),
-        letter(options, best),
-        [a, b, c],
-        f"{words} {best} is nearer.",
-        solve,
+        text="Which is nearer to the red bbox?" + lettered(options),
+        answer=letter(options, nearer),
+        marked=[a, b, c],
+        words=f"{describe(a, RED)} "
+        f"{describe(b, BLUE)} They are {how_far_apart(gap_b)}. "
+        f"{describe(c, GREEN)} They are {how_far_apart(gap_c)}. "
+        f"{nearer} is nearer.",
+        solve=solve,
     )
 
 
 def ask_axis(rng, objects):
     a, b = rng.choice(objects, 2, replace=False)
     axis = int(rng.integers(3))
-    if abs(a["center"][axis] - b["center"][axis]) < MARGIN:
+    at_a = a["center"][axis]
+    at_b = b["center"][axis]
+    if abs(at_a - at_b) < MARGIN:
         return None
-    options = AXES[axis]
-    best = AXES[axis][int(a["center"][axis] > b["center"][axis])]
+    smaller, larger = AXES[axis]
+    options = [smaller, larger]
+    side = larger if at_a > at_b else smaller
 
-    def solve(c):
-        p, q = c[0][axis], c[1][axis]
+    def solve(centers):
+        p = centers[0][axis]
+        q = centers[1][axis]
         if p == q:
             return None
-        side = AXES[axis][int(p > q)]
-        return f"{'xyz'[axis]}:{meters(p)}{'<>'[p > q]}{meters(q)}, {side}.", letter(options, side)
+        found = larger if p > q else smaller
+        return f"{comparison(axis, p, q)}, {found}.", letter(options, found)
 
     return Ask(
-        "Where is the red bbox relative to the blue bbox?" + show(options),
-        letter(options, best),
-        [a, b],
-        f"{place(a, MARKS[0])} {place(b, MARKS[1])} The red bbox is {best} it.",
-        solve,
+        text="Where is the red bbox relative to the blue bbox?" + lettered(options),
+        answer=letter(options, side),
+        marked=[a, b],
+        words=f"{describe(a, RED)} {describe(b, BLUE)} The red bbox is {side} it.",
+        solve=solve,
     )
 
 
 def ask_closer(rng, objects):
     a, b = rng.choice(objects, 2, replace=False)
-    if abs(a["center"][2] - b["center"][2]) < MARGIN:
+    depth_a = a["center"][2]
+    depth_b = b["center"][2]
+    if abs(depth_a - depth_b) < MARGIN:
         return None
-    options = MARKS[:2]
-    best = MARKS[int(a["center"][2] > b["center"][2])]
+    options = [RED, BLUE]
+    closer = BLUE if depth_a > depth_b else RED
 
-    def solve(c):
-        p, q = c[0][2], c[1][2]
+    def solve(centers):
+        p = centers[0][2]
+        q = centers[1][2]
         if p == q:
             return None
-        win = MARKS[int(p > q)]
-        return f"z:{meters(p)}{'<>'[p > q]}{meters(q)}, {win}.", letter(options, win)
+        found = BLUE if p > q else RED
+        return f"{comparison(2, p, q)}, {found}.", letter(options, found)
 
-    words = f"{place(a, MARKS[0])} {place(b, MARKS[1])} {best} is closer."
     return Ask(
-        "Which is closer to the camera?" + show(options),
-        letter(options, best),
-        [a, b],
-        words,
-        solve,
+        text="Which is closer to the camera?" + lettered(options),
+        answer=letter(options, closer),
+        marked=[a, b],
+        words=f"{describe(a, RED)} {describe(b, BLUE)} {closer} is closer.",
+        solve=solve,
     )
 
 
-def listing(objects):
-    """What the image holds in words, from large to small in the picture: what catches the eye comes first."""
-    return f"I see {len(objects)}: " + ", ".join(map(name, objects)) + "."
+# The general families, about the whole image.
+
+
+def about_image(objects, text, answer, words):
+    """A question without marks: both paths list the objects, then say the same words."""
+
+    def solve(centers):
+        return words, answer
+
+    return Ask(
+        text=text,
+        answer=answer,
+        marked=[],
+        words=f"{listing(objects)} {words}",
+        solve=solve,
+    )
 
 
 def ask_count(rng, objects):
-    n = str(len(objects))
-    words = f"Count {n}."
-    return Ask(
-        "How many objects are in the image?",
-        n,
-        [],
-        f"{listing(objects)} {words}",
-        lambda c: (words, n),
-    )
-
-
-def general(text, options, best, words, objects):
-    """A multiple-choice question about the whole image."""
-    right = letter(options, best)
-    return Ask(
-        text + show(options), right, [], f"{listing(objects)} {words}", lambda c: (words, right)
-    )
+    count = str(len(objects))
+    return about_image(objects, "How many objects are in the image?", count, f"Count {count}.")
 
 
 def ask_exist(rng, objects):
-    shapes = {o["color"]: o["label"] for o in objects}
-    unseen = [color for color in COLORS if color not in shapes]
-    there = bool(rng.integers(2)) or not unseen
-    color = str(rng.choice(list(shapes) if there else unseen))
+    shape_of = {obj["color"]: obj["label"] for obj in objects}
+    absent = [color for color in COLORS if color not in shape_of]
+    there = bool(rng.integers(2)) or not absent
+    color = str(rng.choice(list(shape_of) if there else absent))
+    options = ["yes", "no"]
     verdict = "yes" if there else "no"
-    words = f"Look: {color} {shapes.get(color, 'none')}, {verdict}."
-    return general(f"Is anything {color} in the image?", ["yes", "no"], verdict, words, objects)
+    text = f"Is anything {color} in the image?" + lettered(options)
+    words = f"Look: {color} {shape_of.get(color, 'none')}, {verdict}."
+    return about_image(objects, text, letter(options, verdict), words)
 
 
 def ask_color(rng, objects):
-    if len(objects) > 1 and box_area(objects[0]) < LARGER * box_area(objects[1]):
+    areas = [box_area(obj) for obj in objects]  # descending
+    if len(areas) > 1 and areas[0] < LARGER * areas[1]:
         return None
+    options = list(COLORS)
     color = objects[0]["color"]
-    text = "What color is the largest one in the image?"
-    return general(text, list(COLORS), color, f"The largest: {color}.", objects)
+    text = "What color is the largest one in the image?" + lettered(options)
+    return about_image(objects, text, letter(options, color), f"The largest: {color}.")
 
 
 def ask_shape(rng, objects):
-    a = rng.choice(objects)
-    return general(
-        f"What shape is the {a['color']} one?",
-        SHAPES,
-        a["label"],
-        f"Look: {a['color']} {a['label']}.",
-        objects,
-    )
+    obj = rng.choice(objects)
+    options = list(SHAPES)
+    color = obj["color"]
+    shape = obj["label"]
+    text = f"What shape is the {color} one?" + lettered(options)
+    return about_image(objects, text, letter(options, shape), f"Look: {color} {shape}.")
 
 
 def ask_more(rng, objects):
-    counts = [sum(o["label"] == shape for o in objects) for shape in SHAPES]
+    labels = [obj["label"] for obj in objects]
+    counts = [labels.count(shape) for shape in SHAPES]
     if counts.count(max(counts)) > 1:
         return None
     options = [f"{shape}s" for shape in SHAPES]
-    best = options[int(np.argmax(counts))]
-    words = ", ".join(f"{o} {n}" for o, n in zip(options, counts))
-    return general("Which are there most of?", options, best, f"{words}: {best}.", objects)
+    most = options[int(np.argmax(counts))]
+    text = "Which are there most of?" + lettered(options)
+    tally = ", ".join(f"{option} {count}" for option, count in zip(options, counts))
+    return about_image(objects, text, letter(options, most), f"{tally}: {most}.")
 
 
-# A new family: a function above and its name here, with what it needs in NEEDS. `solve` gets the centres as written and
-# nothing else of an object. Random streams count the families: the questions of those behind a new one change, too.
 REGION_FAMILIES = {
     "depth": ask_depth,
     "move": ask_move,
@@ -304,33 +396,173 @@ GENERAL_FAMILIES = {
     "shape": ask_shape,
     "more": ask_more,
 }
-NEEDS = {"distance": 2, "nearer": 3, "axis": 2, "closer": 2}  # objects; the others 1
-TEXT_ONLY = ["derive", "measure", "lookup"]  # practice of the embedded world, needs no picture
-GROUNDING = ["center", "region_qa", "mark_qa", "box3d", "ground2d", "listing", "vqa", *TEXT_ONLY]
+FAMILIES = {**REGION_FAMILIES, **GENERAL_FAMILIES}
+NEEDS = {  # objects; the others need 1
+    "distance": 2,
+    "nearer": 3,
+    "axis": 2,
+    "closer": 2,
+}
+
+# ----------------------------------------------------------------------------------------------
+# what questions and traces are made of: words, options, numbers
 
 
-def box_line(point, label):
-    return f'<3d_box center="{",".join(meters(v) for v in point)}">{label}</3d_box>'
+def name(obj):
+    """ "cyan cube", or "night stand" where no color is known."""
+    return f"{obj['color']} {obj['label']}" if obj["color"] else obj["label"]
 
 
-def detect_block(objects, marked):
-    """The detections of a DTR response; `marked`: the objects carry MARKS[0], MARKS[1], .."""
-    tags = [f" ({mark})" for mark in MARKS] if marked else [""] * len(objects)
-    lines = [box_line(tenths(o["center"]), name(o) + tag) for o, tag in zip(objects, tags)]
-    return "<detect>" + "\n".join([f"Find {len(lines)} relevant objects:", *lines]) + "</detect>\n"
+def describe(obj, mark):
+    """What a mark holds, in words: the evidence of the language-only path."""
+    x, _, z = obj["center"]
+    sides = ["on the left", "in the middle", "on the right"]
+    side = word_for(x / z, sides, [-0.15, 0.15])
+    return f"The {mark} holds a {name(obj)} {side}, {how_far(z)}."
+
+
+def how_far(depth):
+    """A depth in metres, in words."""
+    words = ["very near", "near", "at middle range", "far", "very far"]
+    return word_for(depth, words, [2.2, 3.5, 5, 6.3])
+
+
+def how_far_apart(gap):
+    """A distance in metres, in words."""
+    words = ["almost touching", "close together", "some way apart", "far apart"]
+    return word_for(gap, words, [0.8, 1.5, 2.8])
+
+
+def word_for(value, words, limits):
+    """The word for a value's range; limits: where each range but the first begins, ascending."""
+    passed = sum(value >= limit for limit in limits)
+    return words[passed]
+
+
+def listing(objects):
+    """What the image holds, from large to small: what catches the eye comes first."""
+    return f"I see {len(objects)}: " + ", ".join(map(name, objects)) + "."
+
+
+def lettered(options):
+    """ " A. yes B. no": the options behind a question, always in the same order.
+
+    So a letter means one thing within a family. To look letters up among shuffled options is a
+    skill of its own, which costs a model of 1 M parameters more than the geometry.
+    """
+    return " " + " ".join(f"{letter(options, option)}. {option}" for option in options)
+
+
+def letter(options, choice):
+    """The letter of one of up to six options."""
+    return "ABCDEF"[options.index(choice)]
+
+
+def tenths(point):
+    """A point in metres -> whole tenths, as the traces write it."""
+    return [round(10 * float(value)) for value in point]
+
+
+def centers_in_tenths(objects):
+    return [tenths(obj["center"]) for obj in objects]
+
+
+def meters(tenth):
+    """-12 -> "-1.2": a number of tenths as a trace writes it."""
+    sign = "-" if tenth < 0 else ""
+    return f"{sign}{abs(tenth) // 10}.{abs(tenth) % 10}"
+
+
+def rounded(answer):
+    """An answer as a trace writes it: lengths with one decimal."""
+    return f"{float(answer):.1f}" if "." in answer else answer
+
+
+def distance_between(a, b):
+    """Metres between the centres of two objects."""
+    return float(np.linalg.norm(a["center"] - b["center"]))
+
+
+def squared_distance(a, b):
+    """The squared distance of two points in tenths -> (derivation, the square in tenths of m^2).
+
+    Every number is rounded to one decimal as written. The coordinates are written again,
+    p~q=|p - q|: to find and to subtract them in one step is beyond a tiny model.
+    """
+    steps = [abs(p - q) for p, q in zip(a, b)]
+    squares = [(step * step + 5) // 10 for step in steps]  # hundredths, rounded to tenths
+    total = sum(squares)
+    differences = []
+    for p, q, step in zip(a, b, steps):
+        differences.append(f"{meters(p)}~{meters(q)}={meters(step)}")
+    addition = "+".join(map(meters, squares))
+    return " ".join(differences) + f"\n{addition}={meters(total)}", total
+
+
+def comparison(axis, p, q):
+    """ "z:1.2<3.4": two coordinates, in tenths, compared."""
+    sign = ">" if p > q else "<"
+    return f"{'xyz'[axis]}:{meters(p)}{sign}{meters(q)}"
+
+
+def detect_block(objects, with_marks):
+    """The detections of a DTR response; with_marks: the objects carry MARKS[0], MARKS[1], ..."""
+    labels = [name(obj) for obj in objects]
+    if with_marks:
+        labels = [f"{label} ({mark})" for label, mark in zip(labels, MARKS)]
+    lines = [f"Find {len(objects)} relevant objects:"]
+    for obj, label in zip(objects, labels):
+        lines.append(box_line(tenths(obj["center"]), label))
+    return "<detect>" + "\n".join(lines) + "</detect>\n"
+
+
+def box_line(point, label, attributes=""):
+    """One detection; point: its centre in tenths."""
+    center = ",".join(meters(value) for value in point)
+    return f'<3d_box center="{center}"{attributes}>{label}</3d_box>'
 
 
 def finish(think, answer):
+    """The end of a response on both paths."""
     return f"<think>{think}</think>\n<answer>{answer}</answer>"
 
 
-def thousandths(box, image):
-    h, w = image.shape[:2]
-    return [round(1000 * v / s) for v, s in zip(box, (w, h, w, h))]
+# ----------------------------------------------------------------------------------------------
+# rows: dicts of the published format, with picture and depth in memory instead of on disk
+
+
+def lor_row(scene, task, ask):
+    """A question with the trace of the language-only path."""
+    target = finish(ask.words, rounded(ask.answer))
+    return instance(scene, "lor", task, ask.text, target, ask.marked, answer=ask.answer)
+
+
+def dtr_row(scene, task, ask, objects, derivation, answer):
+    """A question with the trace of the path that detects first, and the true centres ("3d_pos")."""
+    if ask.marked:
+        detections = detect_block(ask.marked, with_marks=True)
+    else:
+        detections = detect_block(objects, with_marks=False)
+    target = detections + finish(derivation, answer)
+    truth = {}
+    for mark, obj in zip(MARKS, ask.marked):
+        truth[field_of(mark)] = {
+            "bbox_2d": thousandths(obj["box"], scene.image),
+            "label": obj["label"],
+            "center_cam": [round(float(value), 4) for value in obj["center"]],
+            "instance_name": name(obj),
+        }
+    more = {"answer": ask.answer, "bbox": [], "3d_pos": truth}
+    return instance(scene, "dtr", task, ask.text, target, ask.marked, **more)
 
 
 def instance(scene, key, task, question, target, marked=(), **more):
-    """One row. The first mention of each mark gets its `<mask>` (region token) where `more` holds "bbox"."""
+    """One row; marked: the objects that carry MARKS[0], MARKS[1], ...; more: further fields.
+
+    key: tells the rows of one scene and task apart. Where `more` holds "bbox", the first mention of
+    each mark in the question gets its `<mask>`, the place of a region token, and "bbox" becomes the
+    boxes of these regions, in the order of the text.
+    """
     row = {
         "id": f"{scene.id}/{task}/{key}",
         "source": scene.source,
@@ -341,203 +573,179 @@ def instance(scene, key, task, question, target, marked=(), **more):
         "image_hw": list(scene.image.shape[:2]),
     }
     for mark, obj in zip(MARKS, marked):
-        row[mark.replace(" ", "_")] = [thousandths(obj["box"], scene.image)]
-    order = sorted(range(len(marked)), key=lambda i: question.find(MARKS[i]))
-    if "bbox" in more:  # region masks, one per <mask>, in text order
-        more["bbox"] = [[float(v) for v in marked[i]["box"]] for i in order]
-        for i in order:
-            question = question.replace(MARKS[i], f"{MARKS[i]} <mask>", 1)
-    row["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": target}]
+        row[field_of(mark)] = [thousandths(obj["box"], scene.image)]
+    if "bbox" in more:
+        in_text_order = sorted(zip(MARKS, marked), key=lambda pair: question.find(pair[0]))
+        more["bbox"] = [[float(value) for value in obj["box"]] for _, obj in in_text_order]
+        for mark, _ in in_text_order:
+            question = question.replace(mark, f"{mark} <mask>", 1)
+    row["conversations"] = [
+        {"from": "human", "value": question},
+        {"from": "gpt", "value": target},
+    ]
     return {**row, **more}
 
 
-def stream(scene, *numbers):
-    """A random stream of this scene's own."""
-    return np.random.default_rng([crc32(scene.id.encode()), *numbers])
+def field_of(mark):
+    """The field of a row that holds a mark's boxes: "red_bbox"."""
+    return mark.replace(" ", "_")
 
 
-def annotated(scene, sensor):
-    """The scene's objects, largest 2D box first; with `sensor`, centres are means of visible surfaces."""
-    seen = [o for o in scene.objects if not sensor or o["surface"] is not None]
-    objects = [
-        {**o, "center": np.asarray(o["surface" if sensor else "center"], float)} for o in seen
-    ]
-    return sorted(objects, key=box_area, reverse=True)
+def thousandths(box, image):
+    """A 2D box in pixels -> in thousandths of the picture's width and height."""
+    height, width = image.shape[:2]
+    sides = (width, height, width, height)
+    return [round(1000 * value / side) for value, side in zip(box, sides)]
 
 
-def ask_questions(scene, seed, sensor=False, tasks=None):
-    """-> instances: one question of each family that the scene allows, once for each path, with its trace as target.
-
-    sensor: centres (and the answers that follow) are what a depth camera sees, the mean of the visible surface: the
-    imperfect annotation of the cold start. The exact answer is in "answer"; the trace ends in the answer that follows
-    from its own, rounded, coordinates.
-    """
-    rows, objects = [], annotated(scene, sensor)
-    for index, (task, family) in enumerate({**REGION_FAMILIES, **GENERAL_FAMILIES}.items()):
-        if tasks and task not in tasks or not can_ask(task, objects):
-            continue
-        ask = family(stream(scene, seed, index), objects)
-        solved = ask and ask.solve(tenths_of(ask.marked))
-        if not solved:
-            continue
-        rows.append(
-            instance(
-                scene,
-                "lor",
-                task,
-                ask.text,
-                finish(ask.words, rounded(ask.answer)),
-                ask.marked,
-                answer=ask.answer,
-            )
-        )
-        found = detect_block(ask.marked or objects, ask.marked)
-        truth = {
-            mark.replace(" ", "_"): {
-                "bbox_2d": thousandths(o["box"], scene.image),
-                "label": o["label"],
-                "center_cam": [round(float(v), 4) for v in o["center"]],
-                "instance_name": name(o),
-            }
-            for mark, o in zip(MARKS, ask.marked)
-        }
-        rows.append(
-            instance(
-                scene,
-                "dtr",
-                task,
-                ask.text,
-                found + finish(*solved),
-                ask.marked,
-                answer=ask.answer,
-                bbox=[],
-                **{"3d_pos": truth},
-            )
-        )
-    return rows
-
-
-def can_ask(task, objects):
-    """Enough objects for this family? And colors, which objects of real pictures have none of?"""
-    return len(objects) >= NEEDS.get(task, 1) and (
-        task in REGION_FAMILIES or all(o["color"] for o in objects)
-    )
-
-
-def tenths_of(objects):
-    return [tenths(o["center"]) for o in objects]
-
-
-def rounded(answer):
-    """An answer as a trace writes it: lengths with one decimal."""
-    return f"{float(answer):.1f}" if "." in answer else answer
+# ----------------------------------------------------------------------------------------------
+# grounding: rows without a chain of thought
 
 
 def grounding(scene, seed, sensor=False, tasks=GROUNDING):
-    """-> instances without a chain of thought: regions -> 3D centres or box, 2D grounding, region QA, VQA, text only:
-    those of `tasks`."""
-    rows, objects = [], annotated(scene, sensor)
+    """Rows without a chain of thought: those of `tasks` that the scene allows.
+
+    sensor: as in `ask_questions`.
+    """
+    objects = objects_of(scene, sensor)
     if not objects:
-        return rows
-    rng = stream(scene, seed, 99)
+        return []
+    rng = random_stream(scene, seed, STREAMS["grounding"])
     several = list(rng.permutation(objects)[: len(MARKS)])
-    marked = several[: rng.choice([1, 1, 1, 2, 3])]
-    marks = ", ".join(MARKS[: len(marked)])
-    lines = [box_line(tenths(o["center"]), f"{name(o)} ({mark})") for o, mark in zip(marked, MARKS)]
-    names = ", ".join(map(name, several))
-    rows.append(
-        instance(
-            scene,
-            "center",
-            "center",
-            f"Give the 3D center: {marks}.",
-            "\n".join(lines),
-            marked,
-            bbox=[],
-        )
-    )
-    rows.append(
-        instance(
-            scene,
-            "region",
-            "region_qa",
-            f"What is in each region: {', '.join(MARKS[: len(several)])}?",
-            names,
-            several,
-            bbox=[],
-        )
-    )
-    seen = " ".join(place(o, mark) for o, mark in zip(marked, MARKS))
-    rows.append(
-        instance(scene, "mark", "mark_qa", f"What is in the region: {marks}?", seen, marked)
-    )
-    size = ",".join(meters(v) for v in tenths(marked[0]["size"]))
-    angles = ",".join(str(v) for v in euler(marked[0]["rotation"]))
-    rows.append(
-        instance(
-            scene,
-            "box3d",
-            "box3d",
-            f"Give the 3D box: {MARKS[0]}.",
-            lines[0].replace('">', f'" size="{size}" angles="{angles}">'),
-            marked[:1],
-            bbox=[],
-        )
-    )
-    for obj in marked:
-        if sum(name(o) == name(obj) for o in objects) == 1:
-            box = ",".join(map(str, thousandths(obj["box"], scene.image)))
-            rows.append(instance(scene, "box2d", "ground2d", f"Where is the {name(obj)}?", box))
-    if all(o["color"] for o in objects):
-        rows.append(
-            instance(scene, "listing", "listing", "What is in the image?", listing(objects))
-        )
-        for index, (task, family) in enumerate(GENERAL_FAMILIES.items() if "vqa" in tasks else ()):
-            ask = family(stream(scene, seed, 50 + index), objects)
-            rows += [instance(scene, task, "vqa", ask.text, ask.answer)] if ask else []
-    rows += text_only(scene, seed, objects, tasks)
+    count = rng.choice([1, 1, 1, 2, 3])
+    marked = several[:count]
+    rows = [
+        center_row(scene, marked),
+        region_row(scene, several),
+        mark_row(scene, marked),
+        box3d_row(scene, marked[0]),
+        *box2d_rows(scene, marked, objects),
+    ]
+    if all_colored(objects):
+        target = listing(objects)
+        rows.append(instance(scene, "listing", "listing", "What is in the image?", target))
+        if "vqa" in tasks:
+            rows += vqa_rows(scene, seed, objects)
+    rows += text_only_rows(scene, seed, objects, tasks)
     return [row for row in rows if row["task"] in tasks]
 
 
-def text_only(scene, seed, objects, tasks):
-    """-> instances of these tasks, in which the text gives what a response would first find, coordinates or a listing,
-    and only the conclusion is asked for. Every instance has a picture; theirs is a small blank one."""
-    rows, blank = [], replace(scene, image=np.zeros((16, 16, 3), np.uint8), depth=None)
-    for index, (task, family) in enumerate({**REGION_FAMILIES, **GENERAL_FAMILIES}.items()):
-        kind = "measure" if task in ("distance", "nearer") else "derive"  # the long ones
-        if kind not in tasks or not can_ask(task, objects):
-            continue
-        ask = family(stream(scene, seed, 70 + index), objects)
-        solved = ask and ask.solve(tenths_of(ask.marked))
-        if solved:
-            given = detect_block(ask.marked, True) if ask.marked else listing(objects)
-            rows.append(
-                instance(blank, task, kind, f"{ask.text}\n{given}", f"<think>{solved[0]}</think>")
-            )
-    if "lookup" in tasks and all(o["color"] for o in objects):
-        rows.append(instance(blank, "lookup", "lookup", *lookup(stream(scene, seed, 98), objects)))
+def center_row(scene, marked):
+    lines = [box_line_of(obj, mark) for obj, mark in zip(marked, MARKS)]
+    question = f"Give the 3D center: {marks_of(marked)}."
+    return instance(scene, "center", "center", question, "\n".join(lines), marked, bbox=[])
+
+
+def region_row(scene, marked):
+    question = f"What is in each region: {marks_of(marked)}?"
+    names = ", ".join(map(name, marked))
+    return instance(scene, "region", "region_qa", question, names, marked, bbox=[])
+
+
+def mark_row(scene, marked):
+    question = f"What is in the region: {marks_of(marked)}?"
+    target = " ".join(describe(obj, mark) for obj, mark in zip(marked, MARKS))
+    return instance(scene, "mark", "mark_qa", question, target, marked)
+
+
+def box3d_row(scene, obj):
+    size = ",".join(meters(value) for value in tenths(obj["size"]))
+    angles = ",".join(map(str, euler_angles(obj["rotation"])))
+    target = box_line_of(obj, RED, f' size="{size}" angles="{angles}"')
+    return instance(scene, "box3d", "box3d", f"Give the 3D box: {RED}.", target, [obj], bbox=[])
+
+
+def box2d_rows(scene, marked, objects):
+    """One per marked object whose name no other object has."""
+    names = [name(obj) for obj in objects]
+    rows = []
+    for obj in marked:
+        if names.count(name(obj)) == 1:
+            box = ",".join(map(str, thousandths(obj["box"], scene.image)))
+            rows.append(instance(scene, "box2d", "ground2d", f"Where is the {name(obj)}?", box))
     return rows
 
 
-def lookup(rng, objects):
-    """-> (question, target): colors to look up in a given listing or in given detections. What is found stands right
-    behind the color, as it stands in the list; with a colon between them it takes a tiny model many times as long."""
+def vqa_rows(scene, seed, objects):
+    rows = []
+    for number, (task, family) in enumerate(GENERAL_FAMILIES.items()):
+        rng = random_stream(scene, seed, STREAMS["vqa"] + number)
+        ask = family(rng, objects)
+        if ask:
+            rows.append(instance(scene, task, "vqa", ask.text, ask.answer))
+    return rows
+
+
+def marks_of(marked):
+    """ "red bbox, blue bbox": the marks that some objects carry, as a question names them."""
+    return ", ".join(MARKS[: len(marked)])
+
+
+def box_line_of(obj, mark, attributes=""):
+    return box_line(tenths(obj["center"]), f"{name(obj)} ({mark})", attributes)
+
+
+def euler_angles(rotation):
+    """Box axes in the camera frame -> rotations about y, x and z in whole degrees.
+
+    The rotation is Ry Rx Rz.
+    """
+    matrix = np.asarray(rotation)
+    about_y = np.arctan2(matrix[0, 2], matrix[2, 2])
+    about_x = np.arcsin(np.clip(-matrix[1, 2], -1, 1))
+    about_z = np.arctan2(matrix[1, 0], matrix[1, 1])
+    return [round(float(np.degrees(angle))) for angle in (about_y, about_x, about_z)]
+
+
+# ----------------------------------------------------------------------------------------------
+# text only: grounding rows that give what a response would first find, and ask for what follows
+
+
+def text_only_rows(scene, seed, objects, tasks):
+    """The rows of those of `tasks` that are in TEXT_ONLY.
+
+    Every row of the format has a picture; theirs is a small blank one.
+    """
+    rows = []
+    black = np.zeros((16, 16, 3), np.uint8)
+    blank = replace(scene, image=black, depth=None)
+    for number, family in enumerate(FAMILIES):
+        task = "measure" if family in ("distance", "nearer") else "derive"
+        if task not in tasks:
+            continue
+        rng = random_stream(scene, seed, STREAMS["text_only"] + number)
+        solved = solved_question(family, rng, objects)
+        if solved:
+            ask, derivation, _ = solved
+            if ask.marked:
+                given = detect_block(ask.marked, with_marks=True)
+            else:
+                given = listing(objects)
+            question = f"{ask.text}\n{given}"
+            target = f"<think>{derivation}</think>"
+            rows.append(instance(blank, family, task, question, target))
+    if "lookup" in tasks and all_colored(objects):
+        rng = random_stream(scene, seed, STREAMS["lookup"])
+        question, target = lookup_question(rng, objects)
+        rows.append(instance(blank, "lookup", "lookup", question, target))
+    return rows
+
+
+def lookup_question(rng, objects):
+    """Colors to look up in a given listing or in given detections -> (question, target).
+
+    What is found stands right behind its color, as it stands in the list: with a colon between them
+    a tiny model needs many times as long to learn it.
+    """
     objects = list(rng.permutation(objects))
-    given = listing(objects) if rng.integers(4) else detect_block(objects, [])
-    found = {color: "none" for color in COLORS} | {o["color"]: o["label"] for o in objects}
-    asked = rng.permutation(list(found))[:4]
-    said = ", ".join(f"{color} {found[color]}" for color in asked)
-    return f"Look up: {', '.join(asked)}\n{given}", f"<think>Look: {said}.</think>"
-
-
-def euler(rotation):
-    """Box axes in the camera frame -> rotations about y, x and z in whole degrees (R = Ry Rx Rz)."""
-    r = np.asarray(rotation)
-    return [
-        round(float(np.degrees(v)))
-        for v in (
-            np.arctan2(r[0, 2], r[2, 2]),
-            np.arcsin(np.clip(-r[1, 2], -1, 1)),
-            np.arctan2(r[1, 0], r[1, 1]),
-        )
-    ]
+    if rng.integers(4) > 0:  # three times of four
+        given = listing(objects)
+    else:
+        given = detect_block(objects, with_marks=False)
+    beside = dict.fromkeys(COLORS, "none")
+    for obj in objects:
+        beside[obj["color"]] = obj["label"]
+    colors = rng.permutation(list(beside))[:4]
+    pairs = ", ".join(f"{color} {beside[color]}" for color in colors)
+    question = f"Look up: {', '.join(colors)}\n{given}"
+    return question, f"<think>Look: {pairs}.</think>"

@@ -1,16 +1,22 @@
-"""The embedded world: cubes, spheres and cylinders on a checkered ground, ray-cast with exact geometry.
+"""The embedded RGB-D world: cubes, spheres and cylinders on a checkered ground, ray-cast exactly.
 
-make_scene(seed) gives a Scene: picture, depth, camera, and the 3D box of every object (see scenes.py, which also reads
-real pictures into the same record).
+    scene = make_scene(7)   # seed 7: picture, depth, camera, and the 3D box of every object
 
-Coordinates: metres in the camera frame, x right, y down, z forward. Depth is z, not the length of the ray.
-Pixels: column i covers [i, i + 1) and its ray goes through i + 0.5; a box x1, y1, x2, y2 ends before x2 and y2.
+A Scene (formats/scenes.py) is the same record for these pictures and for real ones.
+
+Coordinates: metres in the camera frame, x right, y down, z forward. Depth is z, not the length of
+the ray. The level frame has the camera's position and x axis, but its y points straight down.
+Pixels: column i covers [i, i + 1) and its ray goes through i + 0.5; a box x1, y1, x2, y2 ends
+before x2 and y2.
+
+Dimensions: H x W pixels of the picture, h x w pixels of the window that one object shows in.
 """
 
 import numpy as np
 
 from formats.scenes import Scene, corners, project, unproject
 
+# Unlike each other, the ground, the sky, and the colours of marks.
 COLORS = {
     "orange": (250, 125, 15),
     "yellow": (250, 225, 40),
@@ -18,188 +24,349 @@ COLORS = {
     "white": (250, 250, 250),
     "cyan": (50, 215, 215),
     "pink": (250, 150, 190),
-}  # unlike each other, ground, sky, and the colours of marks
-SHAPES = {
-    "cube": ((0, 1, 2), ()),
-    "sphere": ((), (0, 1, 2)),
-    "cylinder": ((1,), (0, 2)),
-}  # flat axes, round axes
+}
+# A shape is flat along some of its own axes (x 0, y 1, z 2) and round about the others.
+SHAPES = {  # (flat axes, round axes)
+    "cube": ([0, 1, 2], []),
+    "sphere": ([], [0, 1, 2]),
+    "cylinder": ([1], [0, 2]),
+}
 SIZE = (0.5, 1.4)  # metres, full length of a side or a diameter
 CAMERA_HEIGHT = (1.0, 2.2)  # metres above the ground
 DISTANCE = (1.5, 6.5)  # metres along the ground from camera to object
 FLOATING = 0.25  # share of objects in the air: gives "above" and "below" a meaning
 LIFT = (0.2, 1.0)  # metres between the ground and a floating object
 FAR = 12.0  # metres; beyond is sky without depth, as for a depth camera
-MIN_PIXELS = 80 / 96**2  # of the image, and
-MIN_VISIBLE = 0.5  # of the object itself: an object that shows less is dropped
-LIGHT = np.array(
-    [-0.52, -0.82, -0.24]
-)  # unit vector to the lamp before pitching: left, above, on the camera's side
+RIM = 0.05  # share of the picture's side by which an object may stick out
+# An object that shows less than one of these is dropped.
+MIN_PIXELS = 80 / 96**2  # share of the picture
+MIN_VISIBLE = 0.5  # share of what the object would show if it stood alone
+TRIES = 100  # objects tried per scene, and scenes tried per seed
+# Unit vector to the lamp in the level frame: left, above, on the camera's side.
+LIGHT = np.array([-0.52, -0.82, -0.24])
+TILE = np.array([1, 0.92, 0.8])  # tint of the ground: red, green, blue
+SKY = np.array([0.93, 1, 1.07])  # tint of the sky
+NOISE = 4  # standard deviation of the picture's sensor noise, of 255
 
 
-def random_object(rng, height, level, half_width, colors):
-    """A cube (any box, with a yaw), sphere or upright cylinder. level (3, 3): level frame -> camera frame."""
+def make_scene(seed, size=96, objects=(3, 6), fov=(50, 80), pitch=(8, 28), colors=COLORS):
+    """A synthetic Scene of size x size pixels; the same seed gives the same scene.
+
+    objects: how many to place, least and most; at least objects[0] of them are visible. fov (of the
+    width) and pitch (how far the camera looks down): ranges in degrees. colors: {name: (r, g, b)},
+    each given to one object at most, so that a color names an object.
+    ValueError if no try shows enough objects.
+    """
+    least = objects[0]
+    rng = np.random.default_rng(seed)
+    for _ in range(TRIES):
+        camera = random_camera(rng, size, fov, pitch)
+        placed = place_objects(rng, camera, size, objects, colors)
+        depth_one = np.ones((size, size))
+        rays = unproject(depth_one, camera["intrinsics"])  # (H, W, 3), all with z = 1
+        ground = background(rng, rays, camera)
+        layers = [draw(obj, rays, camera, colors[obj["color"]]) for obj in placed]
+        visible = visible_layers(layers, ground)
+        if len(visible) >= least:
+            break
+    else:
+        raise ValueError(
+            f"seed {seed}: no room for {least} visible objects with fov {fov} and pitch {pitch}: "
+            "ask for fewer objects or a wider view"
+        )
+    # Without the dropped objects the others show at least as much, so no more are to be dropped.
+    layers = [layers[i] for i in visible]
+    annotated = [placed[i] for i in visible]
+    depth, image, instances = composite(layers, ground)
+    depth[np.isinf(depth)] = np.nan
+    depth = depth.astype(np.float32)
+    annotate(annotated, instances, unproject(depth, camera["intrinsics"]))
+    noisy = image + NOISE * rng.standard_normal(image.shape)
+    return Scene(
+        id=f"synthetic_{seed}",
+        image=np.clip(noisy, 0, 255).astype(np.uint8),
+        depth=depth,
+        intrinsics=camera["intrinsics"],
+        objects=annotated,
+        source=f"seed {seed}",
+        instances=instances,
+    )
+
+
+def annotate(objects, instances, points):
+    """Give each object its 2D box and the mean point of its visible surface.
+
+    instances (H, W): index of the object that a pixel shows; points (H, W, 3), metres.
+    """
+    for i, obj in enumerate(objects):
+        rows, columns = np.nonzero(instances == i)
+        left = int(columns.min())
+        top = int(rows.min())
+        right = int(columns.max()) + 1
+        bottom = int(rows.max()) + 1
+        obj["box"] = (left, top, right, bottom)
+        obj["surface"] = points[rows, columns].mean(0)
+
+
+# ----------------------------------------------------------------------------------------------
+# what stands where: the camera and the objects, at random
+
+
+def random_camera(rng, size, fov, pitch):
+    """A camera above the ground, for a picture of size x size pixels.
+
+    intrinsics: fx, fy, cx, cy in pixels. half_width: of the view one metre ahead, metres. height:
+    metres above the ground. level (3, 3): takes points of the level frame to the camera frame.
+    """
+    view = np.radians(rng.uniform(*fov))
+    half_width = np.tan(view / 2)
+    focal = size / 2 / half_width
+    height = rng.uniform(*CAMERA_HEIGHT)
+    down = np.radians(rng.uniform(*pitch))
+    return {
+        "intrinsics": (focal, focal, size / 2, size / 2),
+        "half_width": half_width,
+        "height": height,
+        "level": turn_about_x(down),
+    }
+
+
+def place_objects(rng, camera, size, objects, colors):
+    """From objects[0] to objects[1] objects at random places; fewer where there is no room.
+
+    They touch no other, and each has another color.
+    """
+    least, most = objects
+    wanted = min(rng.integers(least, most + 1), len(colors))
+    placed = []
+    for _ in range(TRIES):
+        if len(placed) == wanted:
+            break
+        used = [obj["color"] for obj in placed]
+        unused = [color for color in colors if color not in used]
+        obj = random_object(rng, camera, unused)
+        if fits(obj, placed, camera["intrinsics"], size):
+            placed.append(obj)
+    return placed
+
+
+def random_object(rng, camera, colors):
+    """A cube (a box with sides of any length, turned), a sphere or an upright cylinder.
+
+    size (3,): full lengths along its own axes; center (3,) and rotation (3, 3) are in the camera
+    frame.
+    """
     shape = str(rng.choice(list(SHAPES)))
+    _, round_axes = SHAPES[shape]
     size = rng.uniform(*SIZE, 3)
-    size[list(SHAPES[shape][1])] = size[0]  # one diameter for all round axes
-    lift = rng.uniform(*LIFT) if rng.random() < FLOATING else 0.0
+    size[round_axes] = size[0]  # one diameter for all round axes
+    lift = 0.0
+    if rng.random() < FLOATING:
+        lift = rng.uniform(*LIFT)
+    y = camera["height"] - size[1] / 2 - lift
     z = np.exp(rng.uniform(*np.log(DISTANCE)))  # as many from 1.5 to 3 m as from 3 to 6 m
-    x = rng.uniform(-1, 1) * half_width * z
-    yaw = rng.uniform(0, np.pi / 2) if shape == "cube" else 0.0
-    turn = np.array([[np.cos(yaw), 0, np.sin(yaw)], [0, 1, 0], [-np.sin(yaw), 0, np.cos(yaw)]])
+    x = rng.uniform(-1, 1) * camera["half_width"] * z
+    yaw = 0.0
+    if shape == "cube":
+        yaw = rng.uniform(0, np.pi / 2)
     return {
         "label": shape,
         "color": str(rng.choice(colors)),
         "size": size,
-        "center": level @ (x, height - size[1] / 2 - lift, z),
-        "rotation": level @ turn,
+        "center": camera["level"] @ (x, y, z),
+        "rotation": camera["level"] @ turn_about_y(yaw),
     }
 
 
-def fits(obj, others, intrinsics, size):
-    """In front of the camera, in the picture but for a narrow rim, clear of the others' bounding spheres."""
-    points, radius = corners(obj), np.linalg.norm(obj["size"]) / 2
-    if obj["center"][2] < 1.0 or points[:, 2].min() < 0.5:
-        return False
-    uv = np.stack(project(points, intrinsics))
-    clear = (
-        np.linalg.norm(obj["center"] - o["center"]) > radius + np.linalg.norm(o["size"]) / 2
-        for o in others
+def turn_about_x(angle):
+    """The rotation (3, 3) by an angle in radians about the x axis."""
+    cosine = np.cos(angle)
+    sine = np.sin(angle)
+    return np.array(
+        [
+            [1, 0, 0],
+            [0, cosine, -sine],
+            [0, sine, cosine],
+        ]
     )
-    return uv.min() > -0.05 * size and uv.max() < 1.05 * size and all(clear)
+
+
+def turn_about_y(angle):
+    """The rotation (3, 3) by an angle in radians about the y axis."""
+    cosine = np.cos(angle)
+    sine = np.sin(angle)
+    return np.array(
+        [
+            [cosine, 0, sine],
+            [0, 1, 0],
+            [-sine, 0, cosine],
+        ]
+    )
+
+
+def fits(obj, others, intrinsics, size):
+    """Is an object in front of the camera, in the picture but for its rim, and clear of others?"""
+    points = corners(obj)  # (8, 3)
+    nearest = points[:, 2].min()
+    if nearest < 0.5 or obj["center"][2] < 1.0:  # metres
+        return False
+    pixels = np.stack(project(points, intrinsics))  # (2, 8)
+    if pixels.min() <= -RIM * size:
+        return False
+    if pixels.max() >= (1 + RIM) * size:
+        return False
+    for other in others:
+        gap = np.linalg.norm(obj["center"] - other["center"])
+        if gap <= bounding_radius(obj) + bounding_radius(other):
+            return False
+    return True
+
+
+def bounding_radius(obj):
+    """Radius of the sphere about an object's 3D box, metres."""
+    return np.linalg.norm(obj["size"]) / 2
+
+
+# ----------------------------------------------------------------------------------------------
+# drawing: each object alone, one over the other
+
+
+def draw(obj, rays, camera, color):
+    """One object alone, as a layer: (window, depth, image).
+
+    window: where in the picture the object is, and nowhere else, as two slices; depth (h, w)
+    metres, inf = not there; image (h, w, 3), the shaded colour.
+    """
+    u, v = project(corners(obj), camera["intrinsics"])
+    window = (pixel_range(v), pixel_range(u))
+    rays = rays[window]  # (h, w, 3)
+    depth, normals = cast(obj, rays)  # rays have z = 1, so the multiple of a ray is the depth
+    # Real light would be cut off at 0; here faces turned away from the lamp differ, too.
+    lit = 0.7 + 0.3 * normals @ (camera["level"] @ LIGHT)  # (h, w)
+    paint = np.where(dark_paint(obj, rays, depth), 0.3, 1.0)
+    shade = (paint * lit)[..., None]  # (h, w, 1)
+    return window, depth, shade * np.array(color)
+
+
+def pixel_range(coordinates):
+    """The slice of the pixels that a run of coordinates covers; it may end beyond the picture."""
+    start = int(coordinates.min())
+    end = int(coordinates.max()) + 1
+    return slice(max(start, 0), end)
 
 
 def cast(obj, rays):
-    """Rays (..., 3) from the camera -> multiple of the ray at the first hit (...), inf = miss; unit normals (..., 3).
-    A shape is where slabs and a round part meet: a ray is inside from its last entry to its first exit."""
+    """Where rays (..., 3) from the camera first hit an object.
+
+    -> multiple of the ray at the hit (...), inf = miss; unit normals there (..., 3).
+    A shape is where its parts overlap, a slab per flat axis and one round part: a ray is inside the
+    shape from its last entry into a part to its first exit from a part.
+    """
     flat_axes, round_axes = SHAPES[obj["label"]]
-    origin, rays, half = (
-        -obj["center"] @ obj["rotation"],
-        rays @ obj["rotation"],
-        obj["size"] / 2,
-    )  # in the box's axes
-    enter, leave, normals = (
-        np.full(rays.shape[:-1], -np.inf),
-        np.full(rays.shape[:-1], np.inf),
-        np.zeros(rays.shape),
-    )
-    if round_axes:  # |o + t d| = radius in the round axes
-        o, d, radius = origin[list(round_axes)], rays[..., round_axes], half[round_axes[0]]
-        a, b, c = (d * d).sum(-1), d @ o, o @ o - radius**2
-        root = np.sqrt(
-            np.maximum(b * b - a * c, 0)
-        )  # 0 where the ray misses: empty interval, enter = leave
-        enter, leave = (-b - root) / a, (-b + root) / a
-        normals[..., round_axes] = (o + d * enter[..., None]) / radius
-    for k in flat_axes:
-        middle, reach = -origin[k] / rays[..., k], np.abs(half[k] / rays[..., k])
-        last = middle - reach > enter
-        normals[last] = 0
-        normals[last, k] = -np.sign(rays[last, k])
-        enter, leave = np.maximum(enter, middle - reach), np.minimum(leave, middle + reach)
-    return np.where((enter < leave) & (enter > 0), enter, np.inf), normals @ obj["rotation"].T
+    half = obj["size"] / 2
+    # In the object's own axes, from its centre: the camera and the rays.
+    origin = -obj["center"] @ obj["rotation"]
+    rays = rays @ obj["rotation"]
+    enter = np.full(rays.shape[:-1], -np.inf)
+    leave = np.full(rays.shape[:-1], np.inf)
+    normals = np.zeros(rays.shape)
+    if round_axes:
+        radius = half[round_axes[0]]
+        enter, leave, outward = cast_round(origin[round_axes], rays[..., round_axes], radius)
+        normals[..., round_axes] = outward
+    for axis in flat_axes:
+        middle = -origin[axis] / rays[..., axis]  # where the ray is halfway through the slab
+        reach = np.abs(half[axis] / rays[..., axis])  # from there to either face
+        is_last = middle - reach > enter  # 1 = it enters this slab after all parts so far
+        normals[is_last] = 0
+        normals[is_last, axis] = -np.sign(rays[is_last, axis])
+        enter = np.maximum(enter, middle - reach)
+        leave = np.minimum(leave, middle + reach)
+    hit = (enter < leave) & (enter > 0)
+    multiple = np.where(hit, enter, np.inf)
+    return multiple, normals @ obj["rotation"].T
 
 
-def draw(obj, rays, intrinsics, light, color):
-    """One object alone -> (its window of the image, depth (h, w) with inf = not there, shaded colour (h, w, 3))."""
-    u, v = project(corners(obj), intrinsics)
-    window = tuple(
-        slice(max(int(p.min()), 0), int(p.max()) + 1) for p in (v, u)
-    )  # it shows nowhere else
-    depth, normals = cast(obj, rays[window])  # rays have z = 1: the multiple is the depth
-    paint = np.where(dark_paint(obj, rays[window], depth), 0.3, 1.0)
-    return (
-        window,
-        depth,
-        (paint * (0.7 + 0.3 * normals @ light))[..., None] * color,
-    )  # unlit faces differ
+def cast_round(origin, rays, radius):
+    """Where rays enter and leave a round part, and its unit normals where they enter.
+
+    origin (n,), rays (..., n): in the round axes only. Solves |origin + t ray| = radius for t.
+    """
+    a = (rays * rays).sum(-1)
+    b = rays @ origin
+    c = origin @ origin - radius**2
+    # Where the ray misses, the root is set to 0: it enters and leaves at once, which is no hit.
+    discriminant = b * b - a * c
+    root = np.sqrt(np.maximum(discriminant, 0))
+    enter = (-b - root) / a
+    leave = (-b + root) / a
+    normals = (origin + rays * enter[..., None]) / radius
+    return enter, leave, normals
 
 
 def dark_paint(obj, rays, depth):
-    """Where an object is painted dark: a cube's edges, a cylinder's belt, nowhere on a sphere. Shape at a glance."""
-    hit = np.where(np.isfinite(depth), depth, 0)[..., None] * rays
-    place = np.sort(
-        np.abs((hit - obj["center"]) @ obj["rotation"]) / (obj["size"] / 2)
-    )  # 1 = on a face
-    belt = np.abs((hit - obj["center"]) @ obj["rotation"][:, 1]) < 0.2 * obj["size"][1]
-    return {"cube": place[..., 1] > 0.7, "cylinder": belt, "sphere": np.zeros(depth.shape, bool)}[
-        obj["label"]
-    ]
+    """Where an object is painted dark (h, w), which tells shapes apart at a glance.
+
+    A cube is dark along its edges, a cylinder on a belt around its middle, a sphere nowhere.
+    """
+    shape = obj["label"]
+    depth = np.where(np.isfinite(depth), depth, 0)
+    points = depth[..., None] * rays  # (h, w, 3)
+    offsets = points - obj["center"]
+    if shape == "cube":
+        half = obj["size"] / 2
+        shares = np.abs(offsets @ obj["rotation"]) / half  # 1 = on a face
+        # The largest share is 1 on the surface; where the second is large, too, an edge is near.
+        return np.sort(shares)[..., 1] > 0.7
+    if shape == "cylinder":
+        axis = obj["rotation"][:, 1]
+        return np.abs(offsets @ axis) < 0.2 * obj["size"][1]
+    return np.zeros(depth.shape, bool)
 
 
-def background(rng, rays, height, level):
-    """Ground with tiles of 1 m, and sky: depth (H, W) with inf = sky, colour (H, W, 3)."""
-    directions = rays @ level  # (H, W, 3) in the level frame
-    depth = height / np.maximum(directions[..., 1], height / (2 * FAR))
-    dark = np.floor(directions * depth[..., None])[..., ::2].sum(-1) % 2
-    tile, sky = (
-        rng.uniform(70, 115) * np.array([1, 0.92, 0.8]),
-        rng.uniform(120, 150) * np.array([0.93, 1, 1.07]),
-    )
-    depth[depth > FAR] = np.inf
-    return depth, np.where(np.isinf(depth)[..., None], sky, tile * (1 - 0.2 * dark[..., None]))
+def background(rng, rays, camera):
+    """The ground, with tiles of 1 m, and the sky: depth (H, W), inf = sky, and image (H, W, 3)."""
+    height = camera["height"]
+    directions = rays @ camera["level"]  # (H, W, 3) in the level frame
+    # A ray that goes up, or hardly down, gets twice FAR: no division by 0, and sky in the end.
+    slope = np.maximum(directions[..., 1], height / (2 * FAR))
+    depth = height / slope
+    points = directions * depth[..., None]
+    tiles = np.floor(points)[..., [0, 2]]  # x and z
+    dark = tiles.sum(-1) % 2  # 1 = a dark tile
+    tile = rng.uniform(70, 115) * TILE
+    sky = rng.uniform(120, 150) * SKY
+    ground = tile * (1 - 0.2 * dark[..., None])
+    is_sky = depth > FAR
+    depth[is_sky] = np.inf
+    return depth, np.where(is_sky[..., None], sky, ground)
 
 
-def composite(layers, depth, image):
-    """z-buffer: the nearest surface wins, whatever the order. -> depth, image, instances (H, W), -1 = no object."""
-    depth, image, instances = depth.copy(), image.copy(), np.full(depth.shape, -1, np.int8)
-    for i, (window, z, color) in enumerate(layers):
-        nearer = z < depth[window]
-        depth[window][nearer], image[window][nearer], instances[window][nearer] = (
-            z[nearer],
-            color[nearer],
-            i,
-        )
+def composite(layers, ground):
+    """Layers over the ground with a z-buffer: the nearest surface wins, whatever the order.
+
+    -> depth (H, W), image (H, W, 3), instances (H, W), the index of the layer, -1 = no object.
+    """
+    ground_depth, ground_image = ground
+    depth = ground_depth.copy()
+    image = ground_image.copy()
+    instances = np.full(depth.shape, -1, np.int8)
+    for i, (window, layer_depth, layer_image) in enumerate(layers):
+        nearer = layer_depth < depth[window]
+        depth[window][nearer] = layer_depth[nearer]
+        image[window][nearer] = layer_image[nearer]
+        instances[window][nearer] = i
     return depth, image, instances
 
 
-def make_scene(seed, size=96, objects=(3, 6), fov=(50, 80), pitch=(8, 28), colors=COLORS):
-    """Synthetic Scene, size x size pixels, with objects[0] to objects[1] objects; the same seed gives the same scene.
-    fov (horizontal) and pitch (camera looking down) are ranges in degrees; colors is {name: (r, g, b)}, each given to
-    one object at most, so that a color names an object."""
-    rng = np.random.default_rng(seed)
-    for _ in range(100):
-        half_width = np.tan(np.radians(rng.uniform(*fov)) / 2)
-        intrinsics = (size / 2 / half_width, size / 2 / half_width, size / 2, size / 2)
-        height, angle = rng.uniform(*CAMERA_HEIGHT), np.radians(rng.uniform(*pitch))
-        level = np.array(
-            [[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]]
-        )
-        placed, wanted, tries = [], min(rng.integers(objects[0], objects[1] + 1), len(colors)), 0
-        while len(placed) < wanted and tries < 100:
-            free = [color for color in colors if color not in {o["color"] for o in placed}]
-            obj, tries = random_object(rng, height, level, half_width, free), tries + 1
-            placed += [obj] if fits(obj, placed, intrinsics, size) else []
-
-        rays = unproject(np.ones((size, size)), intrinsics)
-        ground = background(rng, rays, height, level)
-        layers = [
-            draw(obj, rays, intrinsics, level @ LIGHT, np.array(colors[obj["color"]]))
-            for obj in placed
-        ]
-        instances = composite(layers, *ground)[2]
-        keep = [
-            i
-            for i, layer in enumerate(layers)
-            if (instances == i).sum()
-            >= max(MIN_PIXELS * size**2, MIN_VISIBLE * np.isfinite(layer[1]).sum())
-        ]
-        if len(keep) >= objects[0]:
-            break
-    else:
-        raise ValueError(
-            f"seed {seed}: no room for {objects[0]} visible objects with fov {fov} and pitch {pitch}: "
-            "ask for fewer objects or a wider view"
-        )
-    # Without the dropped objects the others show at least as much, so nothing more is to be dropped.
-    depth, image, instances = composite([layers[i] for i in keep], *ground)
-    depth = np.where(np.isfinite(depth), depth, np.nan).astype(np.float32)
-    kept, points = [placed[i] for i in keep], unproject(depth, intrinsics)
-    for i, obj in enumerate(kept):
-        y, x = np.nonzero(instances == i)
-        obj["box"] = (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
-        obj["surface"] = points[y, x].mean(0)
-    image = np.clip(image + 4 * rng.standard_normal(image.shape), 0, 255).astype(
-        np.uint8
-    )  # sensor noise
-    return Scene(f"synthetic_{seed}", image, depth, intrinsics, kept, f"seed {seed}", instances)
+def visible_layers(layers, ground):
+    """Indices of the layers that show enough when all are drawn; see MIN_PIXELS, MIN_VISIBLE."""
+    _, _, instances = composite(layers, ground)
+    visible = []
+    for i, (_, depth, _) in enumerate(layers):
+        shown = (instances == i).sum()
+        alone = np.isfinite(depth).sum()
+        enough = max(MIN_PIXELS * instances.size, MIN_VISIBLE * alone)
+        if shown >= enough:
+            visible.append(i)
+    return visible

@@ -1,0 +1,48 @@
+"""What several test files share: where the project and real data lie.
+
+Real pictures, pairs of views and benchmark rows are no part of the project. They are looked for in a
+folder `shared/realdata` beside the repository, or in $REALDATA; tests of them skip without, and say so.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+REALDATA = Path(os.environ.get("REALDATA", ROOT.parent / "shared" / "realdata"))
+
+
+def needs_real(name):
+    """Skips a test where this file or folder of the real data is not there."""
+    return pytest.mark.skipif(
+        not (REALDATA / name).exists(), reason=f"no real data: {name} is not in shared/realdata"
+    )
+
+
+def make_learner(
+    model, tokenizer, processor, rules, generator=None, reference=None, optimizer=None
+):
+    """grpo.Learner of a model; rules: stop ids and banned ids."""
+    import grpo
+
+    return grpo.Learner(
+        model,
+        reference,
+        optimizer,
+        tokenizer,
+        processor,
+        next(model.parameters()).device,
+        *rules,
+        generator,
+    )
+
+
+def with_advantages(groups):
+    """Groups with the advantages of their rewards, as the loop of grpo.py gives them."""
+    import grpo
+
+    return [
+        {**group, "advantages": grpo.group_advantages(group["rewards"][None])[0]}
+        for group in groups
+    ]
