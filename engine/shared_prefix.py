@@ -33,7 +33,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
-from model import allowed_logits, choose_tokens, encode_prompts, float_of
+from model import allowed_logits, choose_tokens, encode_prompts, float_of, random_points
 
 
 @torch.no_grad()
@@ -64,7 +64,10 @@ def rollout(
     with torch.inference_mode(), sharing(model):
         for t in range(max_new_tokens):
             scores = allowed_logits(logits, banned, temperature or 1.0).log_softmax(-1)  # (rows, V)
-            new = choose_tokens(scores, temperature, generator)  # (rows,)
+            points = random_points(len(tokens), temperature, tokens.device, generator)  # (N, 1)
+            if points is not None:
+                points = points[rows]
+            new = choose_tokens(scores, points)  # (rows,)
             chosen = scores.gather(1, new[:, None])[:, 0].float()
             tokens[rows, t] = new * alive
             mask[rows, t] = alive.long()
