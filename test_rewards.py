@@ -1129,13 +1129,14 @@ def test_detection_cannot_be_raised_by_moving_a_centre_away():
 @pytest.fixture(scope="module")
 def world():
     """(task, path) -> [(trace, answer, centres, question), ...] of 60 scenes with exact labels."""
-    import scenes
+    from world.questions import ask_questions
+    from world.raycast import make_scene
 
     import data
 
     family = {}
     for seed in range(60):
-        for row in scenes.questions(scenes.make_scene(seed), seed):
+        for row in ask_questions(make_scene(seed), seed):
             question, trace = data.turns(row)
             item = (trace, data.answer_of(row), data.centers_of(row), question)
             family.setdefault((row["task"], data.path_of(row)), []).append(item)

@@ -1012,10 +1012,10 @@ def settings(world, **more):
     values = {
         "model": str(world / "model"),
         "data": [str(world / "rows.json")],
-        "bench": "embspatial",
+        "name": "embspatial",
         "max_new_tokens": 4,
     }
-    return eval.Settings(**{**values, "batch": 3, **more})
+    return benchmarks.Settings(**{**values, "batch": 3, **more})
 
 
 @pytest.fixture
@@ -1028,7 +1028,7 @@ def alone():
 @pytest.fixture(scope="module")
 def answered(world):
     """The JSON and the JSON lines of a run over all rows and both paths."""
-    benchmarks.main(settings(world, json=str(world / "all.json")))
+    benchmarks.run_benchmark(settings(world, json=str(world / "all.json")))
     dist.destroy_process_group()
     return json.loads((world / "all.json").read_text()), (world / "all.jsonl").read_text()
 
@@ -1074,7 +1074,7 @@ def test_a_killed_run_goes_on_where_it_was(world, answered, alone, monkeypatch):
     asked = []
     load = benchmarks.load
     monkeypatch.setattr(benchmarks, "load", lambda row: asked.append(row["id"]) or load(row))
-    benchmarks.main(settings(world, json=str(world / "half.json"), batch=2))
+    benchmarks.run_benchmark(settings(world, json=str(world / "half.json"), batch=2))
     again = json.loads((world / "half.json").read_text())["responses"]
     assert (
         len(asked) == 14 - 6
@@ -1093,15 +1093,15 @@ def test_a_killed_run_goes_on_where_it_was(world, answered, alone, monkeypatch):
 def test_responses_of_another_run_are_not_mixed_in(world, answered, alone):
     (world / "other.jsonl").write_text(answered[1])
     with pytest.raises(UserError, match="other.jsonl.*max_new_tokens"):
-        benchmarks.main(settings(world, json=str(world / "other.json"), max_new_tokens=7))
+        benchmarks.run_benchmark(settings(world, json=str(world / "other.json"), max_new_tokens=7))
     (world / "other.jsonl").write_text(
         answered[1].replace("How is the chair", "Where is the chair")
     )
     with pytest.raises(UserError, match="other.jsonl.*question q0"):
-        benchmarks.main(settings(world, json=str(world / "other.json")))
+        benchmarks.run_benchmark(settings(world, json=str(world / "other.json")))
     (world / "other.jsonl").write_text("no JSON\n")
     with pytest.raises(UserError, match="other.jsonl.*cannot be read"):
-        benchmarks.main(settings(world, json=str(world / "other.json")))
+        benchmarks.run_benchmark(settings(world, json=str(world / "other.json")))
     model = load_model(str(world / "model"))[0]
     before = benchmarks.fingerprint(model)
     model.model.language_model.norm.weight.data[0] += 1e-6
@@ -1113,7 +1113,7 @@ def test_the_automatic_path_is_dtr_where_there_are_regions_and_geometry(
 ):
     (world / "auto.jsonl").write_text(answered[1])  # all answered before
     monkeypatch.setattr(benchmarks, "load", None)
-    benchmarks.main(settings(world, json=str(world / "auto.json"), path="auto"))
+    benchmarks.run_benchmark(settings(world, json=str(world / "auto.json"), path="auto"))
     found = json.loads((world / "auto.json").read_text())
     assert [r["path"] for r in found["responses"]] == [
         "lor" if i in (3, 6) else "dtr" for i in range(8)
@@ -1139,7 +1139,9 @@ def test_several_pictures_and_depth_reach_the_model(world, tmp_path, alone):
     ]
     assert [len(sample["image_grid_thw"]) for sample in samples] == [1, 2, 2]
     assert all(np.isfinite(sample["points"].numpy()).all() for sample in samples)
-    benchmarks.main(settings(world, bench="spar", data=[str(path)], json=str(tmp_path / "a.json")))
+    benchmarks.run_benchmark(
+        settings(world, name="spar", data=[str(path)], json=str(tmp_path / "a.json"))
+    )
     found = json.loads((tmp_path / "a.json").read_text())
     assert [r["id"] for r in found["responses"]] == ["10", "11", "12"]
 
@@ -1152,13 +1154,13 @@ def test_two_processes_give_what_one_gives(world, answered):
         "--standalone",
         "--nproc_per_node",
         "2",
-        "eval.py",
+        "-m",
+        "benchmarks",
+        "embspatial",
         "--model",
         world / "model",
         "--data",
         world / "rows.json",
-        "--bench",
-        "embspatial",
         "--batch",
         "3",
         "--max_new_tokens",
@@ -1195,7 +1197,7 @@ def lines_file(path, *lines):
 
 
 def scored(world, path, **more):
-    benchmarks.main(settings(world, score=path, json=str(world / "scored.json"), **more))
+    benchmarks.run_benchmark(settings(world, score=path, json=str(world / "scored.json"), **more))
     return json.loads((world / "scored.json").read_text())
 
 
@@ -1234,7 +1236,7 @@ def test_scoring_responses_made_elsewhere(world, tmp_path, capsys):
         {"response": "2.2", "answer": "2", "type": "object_counting"},
         {"response": "C", "answer": "C", "type": "route_planning"},
     )
-    table = scored(world, path, bench="vsi", data=[])["table"]
+    table = scored(world, path, name="vsi", data=[])["table"]
     assert [(line["name"], line["score"]) for line in table] == [
         ("object_counting", 0.9),
         ("route_planning", 1),
@@ -1258,7 +1260,7 @@ def test_scoring_responses_made_elsewhere(world, tmp_path, capsys):
             {
                 "lines": [{"response": "A", "answer": "A", "type": "Count"}],
                 "data": [],
-                "bench": "cvbench",
+                "name": "cvbench",
             },
             "'group'",
         ),
@@ -1266,16 +1268,14 @@ def test_scoring_responses_made_elsewhere(world, tmp_path, capsys):
             {
                 "lines": [{"response": "A", "answer": "A", "type": "Colour"}],
                 "data": [],
-                "bench": "vsi",
+                "name": "vsi",
             },
             "'Colour'",
         ),
         ({"lines": [{"run": {}}]}, "nothing to score"),
         ({"score": "no.jsonl"}, "no.jsonl: no such file"),
-        ({"bench": "spatial"}, "--bench spatial: needs one of spar, embspatial"),
-        ({"bench": "vsi"}, "only scored"),
-        ({"data": []}, "--bench embspatial: needs --data"),
-        ({"temperature": 0.5}, "greedy"),
+        ({"name": "vsi"}, "only scored"),
+        ({"data": []}, "embspatial: needs --data"),
         ({"data": ["no/such"]}, "no/such: no such file"),
     ],
 )
@@ -1284,23 +1284,33 @@ def test_mistakes_are_one_line(more, message, world, tmp_path, alone):
     if lines:
         more["score"] = lines_file(tmp_path / "r.jsonl", *lines)
     with pytest.raises((UserError, BadRow), match=message) as error:
-        benchmarks.main(settings(world, **more))
+        benchmarks.run_benchmark(settings(world, **more))
     assert "\n" not in str(error.value)
 
 
-def test_eval_hands_over_to_the_benchmarks(world, tmp_path, monkeypatch, capsys):
-    path = lines_file(tmp_path / "r.jsonl", {"id": "q0", "response": "A"})
-    words = ["--bench", "embspatial", "--score", path, "--data", str(world / "rows.json")]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *words])
-    run_main(eval.main)
-    assert (
-        "overall" in capsys.readouterr().out
-        and not (ROOT / "out" / "bench_embspatial.json").exists()
-    )
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--score", path])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["spatial"], "error: name spatial: needs one of spar, embspatial"),
+        (["embspatial", "--temperature", "0.5"], "--temperature"),  # decoding is greedy
+        ([], "NAME"),
+    ],
+)
+def test_mistakes_on_the_command_line_end_with_code_2(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
     with pytest.raises(SystemExit) as end:
-        run_main(eval.main)
-    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: --bench")
+        run_main(benchmarks.main)
+    assert end.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_command_scores_a_file_and_writes_nothing_else(world, tmp_path, monkeypatch, capsys):
+    path = lines_file(tmp_path / "r.jsonl", {"id": "q0", "response": "A"})
+    words = ["embspatial", "--score", path, "--data", str(world / "rows.json")]
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *words])
+    monkeypatch.chdir(tmp_path)
+    run_main(benchmarks.main)
+    assert "overall" in capsys.readouterr().out
+    assert [file.name for file in tmp_path.iterdir()] == ["r.jsonl"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
