@@ -33,7 +33,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
-from model import allowed_logits, choose_tokens, encode_prompts, float_of, random_points
+from model import allowed_logits, choose_tokens, encode_prompts, few_are_left, float_of
 
 
 @torch.no_grad()
@@ -64,21 +64,17 @@ def rollout(
     with torch.inference_mode(), sharing(model):
         for t in range(max_new_tokens):
             scores = allowed_logits(logits, banned, temperature or 1.0).log_softmax(-1)  # (rows, V)
-            points = random_points(len(tokens), temperature, tokens.device, generator)  # (N, 1)
-            if points is not None:
-                points = points[rows]
-            new = choose_tokens(scores, points)  # (rows,)
+            new = choose_tokens(scores, temperature, generator)  # (rows,)
             chosen = scores.gather(1, new[:, None])[:, 0].float()
             tokens[rows, t] = new * alive
             mask[rows, t] = alive.long()
             logprobs[rows, t] = chosen * alive
             alive = alive & ~torch.isin(new, stop_ids)
-            going_on = int(alive.sum())
-            if going_on == 0 or t + 1 == max_new_tokens:
+            if not alive.any() or t + 1 == max_new_tokens:
                 break
             # A response that has ended costs as much as one that goes on; but to drop it, the keys
             # and values of those that go on are copied. So several are dropped at once.
-            if going_on < 0.8 * len(rows):
+            if few_are_left(alive):
                 cache.keep_rows(alive)
                 rows = rows[alive]
                 new = new[alive]
