@@ -22,7 +22,7 @@ Differences from the authors' release (the method is SR-REAL, arXiv 2606.17539):
    keeps ties.
 3. The sampled distribution is the scored one: temperature 1, no top-p, the same tokens banned in both.
 4. Old log-probabilities come from the sampler itself; the log shows their distance to the training
-   forward ("mismatch", about 0).
+   forward before the first update ("first_mismatch", about 0).
 5. The vision side is frozen and its features are computed once per step, for rollout, policy and
    reference. The learning rate has no warm-up.
 

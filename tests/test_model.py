@@ -352,6 +352,23 @@ def hand_encoding(depth, camera):
     return out
 
 
+def test_the_feature_of_a_patch_depends_on_its_own_pixels(tokenizer, samples):
+    """A tower whose features come in another order, such as by windows, would fail here."""
+    model = make_model(tokenizer)
+    model.model.visual.blocks = torch.nn.ModuleList()  # no attention, so that patches do not mix
+    pixels = samples[0]["pixel_values"]
+    grid = samples[0]["image_grid_thw"]
+    every_patch = torch.eye(len(pixels), dtype=torch.float64)  # a region per patch
+    with torch.no_grad():
+        before = model.encode_images(pixels, grid, None, every_patch)["regions"]
+        for patch in range(len(pixels)):
+            other = pixels.clone()
+            other[patch] += 1
+            after = model.encode_images(other, grid, None, every_patch)["regions"]
+            changed = (after - before).abs().amax(1) > 1e-6
+            assert changed.nonzero().flatten().tolist() == [patch]
+
+
 def test_points_are_encoded_per_pixel_then_averaged_over_the_known_pixels_of_a_patch(samples):
     row, points = ROWS[0], samples[0]["points"]
     encoded = hand_encoding(row["depth"], row["intrinsics"])

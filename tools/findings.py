@@ -1,18 +1,19 @@
 """Evaluations of several seeds side by side, with error bars over seeds and questions; the figure.
 
-    python -m tools.findings "cold start=out/grpo_?/eval_cold_start.json" "GRPO=out/grpo_?/eval.json" \\
-        --curves "out/grpo_?/metrics.jsonl" --figure figure1.svg
+    python -m tools.findings "cold start=out/grpo_?/eval_cold_start.json" \\
+        "GRPO=out/grpo_?/eval.json" --curves "out/grpo_?/metrics.jsonl" --figure figure1.svg
 
-Each NAME=PATTERN is a column: JSON files of eval.py or grpo.py on the same questions, one per seed, in
-sorted order. The first table holds the means. The second holds each column minus the first column,
-question by question and averaged over the seeds; the third does so for each seed, with the interval
-of the questions only. --course adds how each GRPO run went, from the metrics.jsonl that lies beside
-each file. A row is left out where a column has no such value: files of older versions may lack a part
-of the reward.
+Each NAME=PATTERN is a column: JSON files of eval.py or grpo.py on the same questions, one per seed,
+in sorted order. The first table holds the means. The second holds each column minus the first
+column, question by question and averaged over the seeds; the third does so for each seed, with the
+interval of the questions only. --course adds how each GRPO run went, from the metrics.jsonl that
+lies beside each file. Files of older versions may lack a part of the reward: its rows are left out.
+The dash "–" stands for a median over mostly missing centres, and for a mean over steps of which
+some lack the value.
 
 The half width of a 95 % interval adds two independent parts: that of the seeds, Student's t on the
-seeds' means, and that of the questions, 1.96 standard errors of the questions' means over the seeds.
-A median has only the first part.
+seeds' means, and that of the questions, 1.96 standard errors of the questions' means over the
+seeds. A median has only the first part.
 
 The paths are LOR (language-only reasoning) and DTR (detect-then-reason: 3D coordinates first).
 """
@@ -128,7 +129,8 @@ def values(seeds, path, tasks, key):
         asked = answers(results, path, tasks)
         # Also today, questions without centres have no detection reward and no centre errors.
         known = [result[key] for result in asked if result[key] not in (None, [])]
-        lacking |= bool(asked) and not known
+        if asked and not known:
+            lacking = True
         of_seeds.append(known)
     if key == "center_errors_m":
         of_seeds = [[median_error(errors)] for errors in of_seeds]
@@ -188,7 +190,7 @@ def differences(rows):
 
 
 def show_table(title, heads, lines):
-    """lines: [(name, questions, [(mean, half width), ...]), ...]"""
+    """Print a table of lines, [(name, questions, [(mean, half width), ...]), ...]."""
     print(f"\n| {title} | n | " + " | ".join(heads) + " |")
     print("|" + "---|" * (len(heads) + 2))
     sign = "+" if title.startswith("minus") else ""
@@ -200,8 +202,9 @@ def show_table(title, heads, lines):
 def number(mean, half, sign="+"):
     if not np.isfinite(mean):
         return "–"
-    text = f"{mean:{sign}.3f}"
-    return f"{text} ± {half:.3f}" if half else text  # a median of one run has no width
+    if not half:  # such as the median of one run
+        return f"{mean:{sign}.3f}"
+    return f"{mean:{sign}.3f} ± {half:.3f}"
 
 
 def show_differences(heads, columns, rows):
@@ -233,14 +236,14 @@ def show_seeds(heads, changes):
 
 def show_path_gaps(head, seeds):
     """The accuracy of DTR minus that of LOR, where both paths were asked the same."""
-    text = ""
+    gaps = ""
     for pool, tasks in (("region", REGION_FAMILIES), ("general", GENERAL_FAMILIES)):
         lor = values(seeds, "lor", tasks, "accuracy")
         dtr = values(seeds, "dtr", tasks, "accuracy")
         if lor.size and lor.shape == dtr.shape:
             mean, half = interval(dtr - lor)
-            text += f"  {pool} {mean:+.3f} ± {half:.3f}"
-    print(f"{head}: accuracy of DTR minus LOR{text}")
+            gaps += f"  {pool} {mean:+.3f} ± {half:.3f}"
+    print(f"{head}: accuracy of DTR minus LOR{gaps}")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -248,16 +251,18 @@ def show_path_gaps(head, seeds):
 
 
 def show_course(heads, patterns, seed_count):
-    """The table of --course; what a cold start's file lies beside is the GRPO that came after it."""
+    """The table of --course.
+
+    A cold start has no column: the log beside its file is that of GRPO, which came after it.
+    """
     course_of = {}
     for head, pattern in zip(heads, patterns):
         if not pattern.endswith("eval_cold_start.json"):
             course_of[head] = course(pattern)
     lines = []
     for name in next(iter(course_of.values()), []):
-        lines.append(
-            (name, seed_count, [interval(of_runs[name]) for of_runs in course_of.values()])
-        )
+        cells = [interval(of_runs[name]) for of_runs in course_of.values()]
+        lines.append((name, seed_count, cells))
     show_table("during GRPO", list(course_of), lines)
 
 
@@ -277,8 +282,8 @@ def course(pattern):
 def course_of_run(lines):
     """How one run went: {what: number}, NaN where a step of it has no value.
 
-    The deepest fall is that of the reward, averaged over both paths and ten steps, below its highest
-    value before.
+    The deepest fall is that of the reward, averaged over both paths and ten steps, below its
+    highest value before.
     """
     found = {}
     for path in ("lor", "dtr"):
@@ -325,7 +330,7 @@ class Panel:
 
 
 def draw(path, heads, lines, curves_pattern):
-    """The figure at path: the bars of the table's accuracies and rewards; beside them the curves."""
+    """Write the figure: the accuracies and rewards of the table as bars, beside them the curves."""
     shown = [line for line in lines if not line[0].endswith(("format", "m"))]
     if curves_pattern:
         width = 980
@@ -404,18 +409,19 @@ def curves(pattern, panel):
 def curve(of_runs, color, panel):
     """One curve with its band; of_runs (runs, steps)."""
     xs = panel.x + panel.width * np.linspace(0, 1, of_runs.shape[1])
-
-    def points(xs, values):
-        return " ".join(f"{x:.1f},{panel.height_of(value):.1f}" for x, value in zip(xs, values))
-
     # The band's outline: along its upper edge, and back along its lower one.
-    upper = points(xs, of_runs.max(0))
-    lower = points(xs[::-1], of_runs.min(0)[::-1])
-    middle = points(xs, of_runs.mean(0))
+    upper = points(panel, xs, of_runs.max(0))
+    lower = points(panel, xs[::-1], of_runs.min(0)[::-1])
+    middle = points(panel, xs, of_runs.mean(0))
     return (
         f'<polygon points="{upper} {lower}" fill="{color}" opacity="0.18"/>'
         f'<polyline points="{middle}" fill="none" stroke="{color}" stroke-width="2"/>'
     )
+
+
+def points(panel, xs, heights):
+    """The points attribute of a line; xs in pixels, heights as values of the panel."""
+    return " ".join(f"{x:.1f},{panel.height_of(value):.1f}" for x, value in zip(xs, heights))
 
 
 def frame(panel, title):

@@ -11,6 +11,7 @@ shades    each color a quarter darker
 
 import re
 
+from formats.errors import UserError
 from world.raycast import COLORS
 
 DARKER_COLORS = {name: tuple(0.75 * value for value in rgb) for name, rgb in COLORS.items()}
@@ -75,9 +76,9 @@ WORDING = [
 def reword(question):
     """The question in other words, with its marks, `<mask>` and options.
 
-    ValueError where WORDING has no other words.
+    UserError where WORDING has no other words.
     """
     for pattern, words in WORDING:
         if re.match(pattern, question):
             return re.sub(pattern, words, question, count=1)
-    raise ValueError(f"no other words for {question!r}")
+    raise UserError(f"no other words for {question!r}")
