@@ -1,10 +1,10 @@
 """Blended data: instances (from files or from the embedded world) -> model inputs.
 
 An instance is a dict in the format of the authors' published sets (formats/instances.py): pictures,
-optional depth maps and intrinsics, a question, a target, coloured marks, region boxes, and "3d_pos".
-A row with "3d_pos" is on the path DTR (detect-then-reason: 3D coordinates first), a row without is
-on LOR (language-only reasoning). Marks are drawn on the pictures for both paths; only DTR questions
-carry `<mask>` placeholders, one per region.
+optional depth maps and intrinsics, a question, a target, coloured marks, region boxes, and
+"3d_pos". A row with "3d_pos" is on the path DTR (detect-then-reason: 3D coordinates first), a row
+without is on LOR (language-only reasoning). Marks are drawn on the pictures for both paths; only
+DTR questions carry `<mask>` placeholders, one per region.
 
 In this order: the prompts; `encode` (instance -> tensors) and `collate` (-> batch); the score of a
 response; the sources; `Blend`, which interleaves them.
@@ -92,9 +92,10 @@ CHAT = "<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n"
 def encode(row, tokenizer, processor, train):
     """One instance -> a dict of tensors and token lists; train: with its target.
 
-    prompt, target: lists of token ids; pixel_values, image_grid_thw: what the image processor makes;
-    points (P, POINT_DIM), NaN without depth; regions (R, P), a row of weights per `<mask>`, 0 over
-    the patches of other images. P counts the patches of all images of the row. BadRow if it can't be.
+    prompt, target: lists of token ids; pixel_values, image_grid_thw: what the image processor
+    makes; points (P, POINT_DIM), NaN without depth; regions (R, P), a row of weights per `<mask>`,
+    0 over the patches of other images. P counts the patches of all images of the row. BadRow if it
+    can't be.
     """
     images = [open_image(row, i) for i in range(len(images_of(row)))]
     sizes = [image.size for image in images]
@@ -131,8 +132,8 @@ def encode(row, tokenizer, processor, train):
 def prompt_text(row, with_template, pads):
     """The chat up to the response; pads: the run of image tokens of each image.
 
-    An image stands where the text says `<image>`, else in front. Images in front of the question stay
-    in front of the template, too.
+    An image stands where the text says `<image>`, else in front. Images in front of the question
+    stay in front of the template, too.
     """
     text = text_of(row)
     if IMAGE_PLACEHOLDER not in text:
@@ -192,7 +193,8 @@ def collate(samples, tokenizer):
 
     With targets (SFT) rows are prompt + target, padded on the right; without (rollout) they are
     prompts, padded on the left. All (B, L): input_ids, attention_mask, mm_token_type_ids (1 = image
-    token), loss_mask (1 = target, up to and including its end of turn). regions (R, P) over all images.
+    token), loss_mask (1 = target, up to and including its end of turn). regions (R, P) over all
+    images.
     """
     rows = [sample["prompt"] + sample["target"] for sample in samples]
     length = max(map(len, rows))
@@ -264,7 +266,8 @@ def user_sources(settings):
 
 
 def file_source(spec, skip_bad_rows=False):
-    """ "FILE" or "FILE*weight" -> a source. The first 20 rows are checked now, all others on use."""
+    """ "FILE" or "FILE*weight" -> a source. The first 20 rows are checked now, all others on
+    use."""
     path, _, weight = spec.partition("*")
     try:
         weight = float(weight or 1)
@@ -295,9 +298,9 @@ def scenes_source(path):
 class Blend:
     """Sources [(name, rows, weight)], evenly interleaved: every stretch has the global proportions.
 
-    Weight w repeats a source w times per epoch (w < 1: takes that share of it).
-    A position, counted over all epochs and ranks, fixes the row: to resume, go on at the position; to
-    shard, take every world_size-th.
+    Weight w repeats a source w times per epoch (w < 1: takes that share of it). A position, counted
+    over all epochs and ranks, fixes the row: to resume, go on at the position; to shard, take every
+    world_size-th.
     """
 
     def __init__(self, sources, seed):

@@ -6,10 +6,10 @@ The paths are LOR (language-only reasoning) and DTR (detect-then-reason: 3D coor
     torchrun --nproc_per_node 8 eval.py --model out/grpo --scenes scenes.jsonl --json out.json
     python eval.py --compare out/grpo/eval_cold_start.json out/grpo/eval.json --report out/report.html
 
-Every question is asked on both paths. The table has, per path and task, the means of accuracy, format,
-detection and total reward, and the centre error: the median over the asked-for objects, in metres,
-where an object without a box of its own counts as infinitely far. Published benchmarks are a command
-of their own, `python -m benchmarks`.
+Every question is asked on both paths. The table has, per path and task, the means of accuracy,
+format, detection and total reward, and the centre error: the median over the asked-for objects, in
+metres, where an object without a box of its own counts as infinitely far. Published benchmarks are
+a command of their own, `python -m benchmarks`.
 """
 
 import json
@@ -108,8 +108,8 @@ class Settings:
 def answer(model, tokenizer, processor, rows, device, settings, title="evaluation"):
     """Responses of a sharded model to the rows, scored -> results, on every rank, in order.
 
-    A result is a dict: RESPONSE_FIELDS, the reward parts, "center_errors_m" (data.score), and "auto",
-    the path that the rule of `best_path` would choose.
+    A result is a dict: RESPONSE_FIELDS, the reward parts, "center_errors_m" (data.score), and
+    "auto", the path that the rule of `best_path` would choose.
     """
     stop_ids, banned = token_rules(model, tokenizer, device)
     generator = torch_generator(device, settings.seed)
@@ -237,7 +237,8 @@ def not_infinite(value):
 
 
 def paired(before, after, key, tasks):
-    """Mean of after - before over the same questions, and half of its 95 % interval; None without."""
+    """Mean of after - before over the same questions, and half of its 95 % interval; None
+    without."""
     differences = []
     for b, a in zip(before, after):
         if b["task"] in tasks and b[key] is not None and a[key] is not None:
@@ -300,7 +301,8 @@ def show_changes(title, before, after):
 
 
 def same_answer(one, other):
-    """Do two responses give the same answer? A letter, a number (to a tenth of itself) or a text."""
+    """Do two responses give the same answer? A letter, a number (to a tenth of itself) or a
+    text."""
     said = [rewards.extract_answer(text) or text for text in (one, other)]
     letters = [rewards.read_choice(text) for text in said]
     if None not in letters:
@@ -314,8 +316,8 @@ def same_answer(one, other):
 def path_choice(lor, dtr):
     """Results of the same questions on the two paths -> {name: (mean, half of its interval)}:
 
-    accuracy of LOR, of DTR, of the automatic choice between them, of the best choice (an oracle); and
-    the share of the questions to which both paths answer the same.
+    accuracy of LOR, of DTR, of the automatic choice between them, of the best choice (an oracle);
+    and the share of the questions to which both paths answer the same.
     """
     columns = {"lor": [], "dtr": [], "auto": [], "oracle": [], "agreement": []}
     for in_words, by_detection in zip(lor, dtr):
@@ -331,7 +333,8 @@ def path_choice(lor, dtr):
 
 
 def show_paths(title, results):
-    """Print the accuracy of DTR minus that of LOR over the same questions, and what a choice is worth."""
+    """Print the accuracy of DTR minus that of LOR over the same questions, and what a choice is
+    worth."""
     lor = [result for result in results if result["path"] == "lor"]
     dtr = [result for result in results if result["path"] == "dtr"]
     if not lor or [result["answer"] for result in lor] != [result["answer"] for result in dtr]:

@@ -18,9 +18,10 @@ For G responses to one prompt with rewards r:
 Differences from the authors' release (the method is SR-REAL, arXiv 2606.17539):
 1. The token mean is over all tokens of the optimizer step, across ranks and micro-batches.
    (There: over micro-batches of two responses.)
-2. A group is kept if its rewards differ. --filter mean is the paper's rule, 0.2 < mean < 0.99, which
-   keeps ties.
-3. The sampled distribution is the scored one: temperature 1, no top-p, the same tokens banned in both.
+2. A group is kept if its rewards differ. --filter mean is the paper's rule, 0.2 < mean < 0.99,
+   which keeps ties.
+3. The sampled distribution is the scored one: temperature 1, no top-p, the same tokens banned
+   in both.
 4. Old log-probabilities come from the sampler itself; the log shows their distance to the training
    forward before the first update ("first_mismatch", about 0).
 5. The vision side is frozen and its features are computed once per step, for rollout, policy and
@@ -46,7 +47,7 @@ from engine import distributed, plan, report, watch
 from engine.checkpoint import Keeper, load_model, resumable_state, save_model
 from engine.lora import adapters_off, add_adapters
 from engine.settings import parse, run_main, setting
-from engine.shared_prefix import rollout, token_logprobs  # as in model.py, 3 to 5 times as fast
+from engine.shared_prefix import rollout, token_logprobs  # as in model.py, several times as fast
 from formats.errors import UserError
 from formats.instances import centers_of
 from model import decode, join_features, split_features, token_rules
@@ -261,8 +262,8 @@ def default_lr(model, settings):
 def train(settings, model, tokenizer, processor, rows, device, reward_function=None):
     """The whole stage on a blend of rows -> the trained, sharded model.
 
-    reward_function(row, response, parts) -> what is optimized; parts: the reward parts of data.score,
-    which the log always shows. Default: parts["reward"], their sum.
+    reward_function(row, response, parts) -> what is optimized; parts: the reward parts of
+    data.score, which the log always shows. Default: parts["reward"], their sum.
     """
     reward_function = reward_function or whole_reward
     learner = set_up(settings, model, tokenizer, processor, rows, device)
@@ -278,7 +279,8 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
     )
     local = settings.prompts // distributed.world_size()  # prompts per rank
     for step in bar:
-        # Sample, score, filter; again in up to --rounds rounds, to replace groups that were dropped.
+        # Sample, score, filter; again in up to --rounds rounds, to replace groups that were
+        # dropped.
         sampled = []
         kept = []
         with distributed.gathered(learner.model):
@@ -493,7 +495,8 @@ def collate_groups(groups, tokenizer, device):
 def mini_batches(groups, count):
     """Groups in `count` runs of neighbours, one per optimizer step.
 
-    The blend interleaves its sources evenly: each run holds all of them; every count-th group may not.
+    The blend interleaves its sources evenly: each run holds all of them; every count-th group may
+    not.
     """
     ends = [len(groups) * k // count for k in range(count + 1)]
     return [groups[start:end] for start, end in itertools.pairwise(ends)]

@@ -3,20 +3,22 @@
     depth -> point map -> sin/cos of xyz, averaged over each patch -> MLP -> + vision features
     region mask -> mask-weighted mean of those features -> Linear -> embedding of a `<mask>` token
 
-The first line is the 3D position embedding, the second the region token. Below the model stand the two functions that
-reinforcement learning needs, written plainly: `rollout` samples responses, `token_logprobs` scores them.
-engine/shared_prefix.py has both again, several times as fast.
+The first line is the 3D position embedding, the second the region token. Below the model stand the
+two functions that reinforcement learning needs, written plainly: `rollout` samples responses,
+`token_logprobs` scores them. engine/shared_prefix.py has both again, several times as fast.
 
     from model import RegionVLM                         # this file needs torch and transformers, and no other file
     model, tokenizer, processor = RegionVLM.load("Qwen/Qwen3-VL-4B-Instruct")
 
 Differences from the authors' release (the method is SR-REAL, arXiv 2606.17539):
-1. Depth is unprojected with the camera's intrinsics, in metres; without depth there is no embedding.
+1. Depth is unprojected with the camera's intrinsics, in metres; without depth there is no
+   embedding.
    (There: relative depth and no intrinsics.)
-2. Region masks are area-averaged onto the patch grid, so that a thin mask keeps its weight. (There it can vanish.)
+2. Region masks are area-averaged onto the patch grid, so that a thin mask keeps its weight.
+   (There it can vanish.)
 
-Dimensions: B prompts, G responses per prompt, N = B G, L prompt tokens, T response tokens, V vocabulary,
-R regions, P patches, D width.
+Dimensions: B prompts, G responses per prompt, N = B G, L prompt tokens, T response tokens, V
+vocabulary, R regions, P patches, D width.
 """
 
 import math
@@ -126,7 +128,8 @@ class PointEmbedding(nn.Module):
 
 
 class RegionVLM(Qwen3VLForConditionalGeneration):
-    """Stock Qwen3-VL with two more inputs, `points` and `regions`; without them bit-identical to it.
+    """Stock Qwen3-VL with two more inputs, `points` and `regions`; without them bit-identical to
+    it.
 
     points (P, POINT_DIM): encoded 3D points of the patches of all images, NaN without depth.
     regions (R, P): weights over the patches of all images, a row per `<mask>` in text order.
@@ -203,7 +206,8 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
         }
 
     def positions(self, input_ids, attention_mask, mm_token_type_ids, image_grid_thw):
-        """M-RoPE positions (3, B, L) of prompts, and the position of the token after each (B, 1)."""
+        """M-RoPE positions (3, B, L) of prompts, and the position of the token after each (B,
+        1)."""
         positions, delta = self.model.get_rope_index(
             input_ids, mm_token_type_ids, image_grid_thw, attention_mask=attention_mask
         )
@@ -271,7 +275,8 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
         logits_to_keep,
         **kwargs,
     ):
-        """The language model on tokens (B, L), with features (a dict or None) at their placeholders.
+        """The language model on tokens (B, L), with features (a dict or None) at their
+        placeholders.
 
         logits_to_keep: the last so many positions, 0 = all -> logits (B, positions, V); or a mask
         (B, L), 1 = wanted -> logits (wanted, V). kwargs: for the attention function.
@@ -353,7 +358,8 @@ def join_features(prompts):
 
 
 def use_attention(model, name):
-    """Choose the attention kernels: "sdpa" (torch's), "flash" (flash-attn) or "auto" (flash if it can).
+    """Choose the attention kernels: "sdpa" (torch's), "flash" (flash-attn) or "auto" (flash if it
+    can).
 
     flash needs CUDA of compute capability 8 or more. ValueError where it is asked for without.
     -> the name that transformers uses for what was chosen
@@ -413,8 +419,8 @@ def choose_tokens(scores, temperature, generator):
 def few_are_left(alive):
     """Is it time to leave out the rows that have ended? alive (rows,), 1 = has not ended.
 
-    Both rollouts go by this rule, so that they use up their random numbers alike and sample the same
-    from the same seed. (The fast one also drops the rows from its batch.)
+    Both rollouts go by this rule, so that they use up their random numbers alike and sample
+    the same from the same seed. (The fast one also drops the rows from its batch.)
     """
     return int(alive.sum()) < 0.8 * len(alive)
 
@@ -448,7 +454,8 @@ def rollout(
     prompts: a collated batch (data.py), left-padded; banned: token ids that are never sampled.
     -> tokens (N, T); mask (N, T), 1 = sampled, up to and including the stop token;
        logprobs (N, T) of the sampled tokens; the features of the images.
-    The responses to a prompt are neighbours. A response without a stop token at its end was cut off.
+    The responses to a prompt are neighbours. A response without a stop token at its end was cut
+    off.
     """
     model.eval()  # in train mode, layers that recompute their activations would drop the cache
     features = encode_prompts(model, prompts)

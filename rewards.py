@@ -1,27 +1,38 @@
-"""Rewards for GRPO: how good is a response? Text and plain dicts in, numbers in [0, 1] out; standard library only.
+"""Rewards for GRPO: how good is a response? Standard library only.
+
+Text and plain dicts in, numbers in [0, 1] out. The paths are LOR (language-only reasoning) and DTR
+(detect-then-reason: 3D coordinates first).
 
     LOR, or DTR without centres    total = 0.8 accuracy + 0.2 format
     DTR with centres               total = 0.8 accuracy + 0.1 format + 0.1 detection
 
-The formulas are the paper's. What differs from the released reward (test_rewards.py lists every case):
-1. An object left out, a spare box, a box named twice, a box with two names: all cost detection, none pays.
-2. "nan", "1e999", "1_5" and look-alike digits are no numbers. No reward is NaN, none is outside [0, 1].
-3. Wrong ground truth raises ValueError, which names the field; a wrong response never raises, it scores 0.
-4. Time is linear in the response's length: no pattern here can match one text in two ways. Keep that.
+The formulas are the paper's. What differs from the released reward (test_rewards.py lists every
+case):
+1. An object left out, a spare box, a box named twice, a box with two names: all cost detection,
+   none pays.
+2. "nan", "1e999", "1_5" and look-alike digits are no numbers. No reward is NaN, none is outside
+   [0, 1].
+3. Wrong ground truth raises ValueError, which names the field; a wrong response never raises, it
+   scores 0.
+4. Time is linear in the response's length: no pattern here can match one text in two ways. Keep
+   that.
 """
 
 import math
 import re
 from numbers import Real
 
-# One more reward: a function below, its name and weight in both of these, its value in total_reward.
+# One more reward: a function below, its name and weight in both of these, its value in
+# total_reward.
 WEIGHTS = {"accuracy": 0.8, "format": 0.2}
 WEIGHTS_WITH_CENTERS = {"accuracy": 0.8, "format": 0.1, "detection": 0.1}
 SECTIONS = {"lor": ("think", "answer"), "dtr": ("detect", "think", "answer")}
 SECTION_TAG = re.compile(r"(</?(?:detect|think|answer)>)")
-# What prints: ASCII, or a letter or digit of any script, less four letters that are blank (the Hangul fillers).
+# What prints: ASCII, or a letter or digit of any script, less four letters that are blank (the
+# Hangul fillers).
 VISIBLE = re.compile(r"[!-~]|[^\W\u115f\u1160\u3164\uffa0]")
-# float() also takes nan, inf, 1_5 and the digits of other scripts (\d does too; [0-9] is ASCII only).
+# float() also takes nan, inf, 1_5 and the digits of other scripts (\d does too; [0-9] is ASCII
+# only).
 NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 NUMBER_LIKE = re.compile(r"[+-]?(?:nan|inf(?:inity)?|[\d_.]+(?:e[+-]?\d+)?)", re.IGNORECASE)
 LETTER = re.compile(r"[A-Z][.)]?|\([A-Z]\)")
@@ -58,7 +69,8 @@ BINS = (
 
 
 def section(response, name):
-    """The text inside <name>..</name>; None unless both tags are there exactly once, in this order."""
+    """The text inside <name>..</name>; None unless both tags are there exactly once, in this
+    order."""
     if response.count(f"<{name}>") != 1 or response.count(f"</{name}>") != 1:
         return None  # of two answers, no rule could pick one without being gamed
     text, found, _ = response.partition(f"<{name}>")[2].partition(f"</{name}>")
@@ -72,14 +84,16 @@ def extract_answer(response):
 
 
 def read_number(text):
-    """A finite ASCII decimal, sign and exponent optional -> float; None for anything else ("3 m", "nan", "1e999")."""
+    """A finite ASCII decimal, sign and exponent optional -> float; None for anything else ("3 m",
+    "nan", "1e999")."""
     text = text.strip()  # 100 characters are enough for a number and too few for an attack
     value = float(text) if len(text) <= 100 and NUMBER.fullmatch(text) else math.inf
     return value if math.isfinite(value) else None
 
 
 def read_choice(text):
-    """The letter of "A", "A.", "A)", "(A)", "A. left", "(A) left"; None for "a", "AB", "A or B", "Because"."""
+    """The letter of "A", "A.", "A)", "(A)", "A. left", "(A) left"; None for "a", "AB", "A or B",
+    "Because"."""
     head, *rest = text.split(maxsplit=1) or [""]
     if not LETTER.fullmatch(head) or rest and (len(head) == 1 or HEDGE.match(rest[0])):
         return None
@@ -87,7 +101,8 @@ def read_choice(text):
 
 
 def read_motion(text):
-    """ "move_right:0.4,rotate_up:5" -> [(axis, signed value), ...]; None for an axis or a value that cannot be read."""
+    """ "move_right:0.4,rotate_up:5" -> [(axis, signed value), ...]; None for an axis or a value
+    that cannot be read."""
     parts = []
     for part in text.split(
         ",", 10
@@ -99,7 +114,8 @@ def read_motion(text):
 
 
 def parse_header(response, images=1):
-    """(number of boxes, reference frame) that the <detect> block announces; None where it is not in the grammar."""
+    """(number of boxes, reference frame) that the <detect> block announces; None where it is not in
+    the grammar."""
     match = HEADER.fullmatch((section(response, "detect") or "").partition("<3d_box")[0].strip())
     if not match or (match[1] is None) != (images == 1) or int(match[1] or 0) >= images:
         return None
@@ -107,10 +123,12 @@ def parse_header(response, images=1):
 
 
 def parse_boxes(response):
-    """[(name, tag or None, (x, y, z) or None), ...]: one entry for every "<3d_box" in the only <detect> block.
+    """[(name, tag or None, (x, y, z) or None), ...]: one entry for every "<3d_box" in the only
+    <detect> block.
 
-    The tag ("red bbox", "blue point") stands in parentheses at the end; of two tags in a name neither counts. A box
-    that cannot be read is ("", None, None), and so is each after the hundredth: counted, but not worth the time.
+    The tag ("red bbox", "blue point") stands in parentheses at the end; of two tags in a name
+    neither counts. A box that cannot be read is ("", None, None), and so is each after the
+    hundredth: counted, but not worth the time.
 
     >>> parse_boxes('<detect>Find 2 relevant objects:<3d_box center="1,0,2.5">oak (red bbox)</3d_box><3d_box></detect>')
     [('oak', 'red bbox', (1.0, 0.0, 2.5)), ('', None, None)]
@@ -131,10 +149,12 @@ def parse_boxes(response):
 
 
 def format_reward(response, path, images=1):
-    """1 if the whole response is the path's grammar, every tag once, in order, nothing in it empty; else 0.
+    """1 if the whole response is the path's grammar, every tag once, in order, nothing in it empty;
+    else 0.
 
-    LOR <think>..</think> <answer>..</answer>; DTR has <detect>..</detect> before it, which announces N boxes (several
-    images: and the frame they are in) and lists N. White space between the parts is free. Weak: only form counts.
+    LOR <think>..</think> <answer>..</answer>; DTR has <detect>..</detect> before it, which
+    announces N boxes (several images: and the frame they are in) and lists N. White space between
+    the parts is free. Weak: only form counts.
 
     >>> format_reward("<think>It is behind the table.</think><answer>B</answer>", "lor")
     1.0
@@ -171,7 +191,8 @@ def format_reward(response, path, images=1):
 
 
 def kind_of(answer):
-    """ "choice", "number", "motion" or "text": the rule for this ground truth. ValueError if it is wrong itself."""
+    """ "choice", "number", "motion" or "text": the rule for this ground truth. ValueError if it is
+    wrong itself."""
     text = answer.strip() if isinstance(answer, str) else ""
     number, motion = NUMBER_LIKE.fullmatch(text), "move_" in text or "rotate_" in text
     axes, values = zip(*read_motion(text))
@@ -205,13 +226,15 @@ def closeness(x, truth):
 
 
 def accuracy_reward(response, answer):
-    """Is the answer right? The kind of the ground truth gives the rule; 0 unless <answer> is there exactly once.
+    """Is the answer right? The kind of the ground truth gives the rule; 0 unless <answer> is there
+    exactly once.
 
     choice  1 if the letter is the same, else 0        number  exp(-2 |x - truth| / (|truth| + 0.01))
     motion  mean of the number rule over the ground truth's axes (right and left are one, signed); an axis named twice
             is wrong, one that the ground truth lacks is one more axis in the mean, and wrong
     text    1 if equal up to case, white space and a final period, else 0 (ours: the released reward pays 0)
-    Weak: the constant answer 0 earns exp(-2) = 0.14 by the number rule; close to 0 the rule forgives nothing.
+    Weak: the constant answer 0 earns exp(-2) = 0.14 by the number rule; close to 0 the rule
+    forgives nothing.
 
     >>> accuracy_reward("<answer>(B) left</answer>", "B"), accuracy_reward("<answer>2.5</answer>", "2.50")
     (1.0, 1.0)
@@ -237,7 +260,8 @@ def accuracy_reward(response, answer):
 
 
 def checked_centers(centers, images):
-    """Ground truth as {tag: {frame: (x, y, z)}}, frame 0 for a single image. ValueError names what is wrong."""
+    """Ground truth as {tag: {frame: (x, y, z)}}, frame 0 for a single image. ValueError names what
+    is wrong."""
     if not isinstance(centers, dict) or not centers:
         raise ValueError(f"centers: {centers!r} must be a dict with at least one object")
     truth = {tag: given if images > 1 else {0: given} for tag, given in centers.items()}
@@ -262,7 +286,8 @@ def checked_centers(centers, images):
 
 
 def center_errors(response, centers, images=1, question=""):
-    """{tag: metres from the predicted to the true centre, None where there is no prediction}; see detection_reward."""
+    """{tag: metres from the predicted to the true centre, None where there is no prediction}; see
+    detection_reward."""
     truth, frame, said = checked_centers(centers, images), 0, {}
     if images > 1:  # any image may be the reference, unless the question names one
         frame = (parse_header(response, images) or (None, None))[1]
@@ -278,13 +303,15 @@ def center_errors(response, centers, images=1, question=""):
 
 
 def detection_reward(response, centers, images=1, question=""):
-    """Sum over the objects of 1 | .8 | .6 | .4 | .2 | .1 for a centre within .1 | .2 | .3 | .4 | .6 | 1 m, divided by
-    max(number of objects, number of boxes). The bins are the paper's; the release divides by the number of boxes.
+    """Sum over the objects of 1 | .8 | .6 | .4 | .2 | .1 for a centre within .1 | .2 | .3 | .4 | .6
+    | 1 m, divided by max(number of objects, number of boxes). The bins are the paper's; the release
+    divides by the number of boxes.
 
-    centers: {"red bbox": (x, y, z)} or, several images, {"red bbox": {frame: (x, y, z)}}; metres, x right, y down, z
-    forward. Several images: the centres are in the frame that the response announces; an object without truth in that
-    frame is missed, and where the question says "first image" only frame 0 pays.
-    Weak: absolute bins make far (outdoor) objects hard to score; a metre is a metre at a depth of 2 m and of 80 m.
+    centers: {"red bbox": (x, y, z)} or, several images, {"red bbox": {frame: (x, y, z)}}; metres, x
+    right, y down, z forward. Several images: the centres are in the frame that the response
+    announces; an object without truth in that frame is missed, and where the question says "first
+    image" only frame 0 pays. Weak: absolute bins make far (outdoor) objects hard to score; a metre
+    is a metre at a depth of 2 m and of 80 m.
 
     >>> one = '<detect>Find 1 relevant objects:<3d_box center="1,0,2.5">oak (red bbox)</3d_box></detect>'
     >>> detection_reward(one, {"red bbox": (1.04, 0, 2.46)})
@@ -308,9 +335,10 @@ def weighted(parts):
 
 
 def total_reward(response, answer, path, centers=None, images=1, question=""):
-    """{"total", "accuracy", "format", "detection"}: the sum, with the paper's weights, and its parts; detection is
-    None where it does not apply (path "lor", or no centres). Weak: text around the tags costs the format part only,
-    and a DTR response that skips detection still earns 0.8 of its accuracy.
+    """{"total", "accuracy", "format", "detection"}: the sum, with the paper's weights, and its
+    parts; detection is None where it does not apply (path "lor", or no centres). Weak: text around
+    the tags costs the format part only, and a DTR response that skips detection still earns 0.8 of
+    its accuracy.
 
     >>> total_reward("<think>Two chairs, one table.</think><answer>3</answer>", "3", "lor")
     {'total': 1.0, 'accuracy': 1.0, 'format': 1.0, 'detection': None}

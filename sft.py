@@ -5,9 +5,9 @@
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 sft.py ...
 
 It teaches both reasoning paths, LOR (language-only reasoning) and DTR (detect-then-reason: 3D
-coordinates first). The loss is the cross-entropy of the target's tokens, up to and including the end
-of turn, as a mean over the target tokens of the *global* batch: its denominator is summed over ranks
-and micro-batches before the first backward pass.
+coordinates first). The loss is the cross-entropy of the target's tokens, up to and including the
+end of turn, as a mean over the target tokens of the *global* batch: its denominator is summed over
+ranks and micro-batches before the first backward pass.
 
 Differences from the paper (SR-REAL, arXiv 2606.17539):
 1. Rows are sorted by length into micro-batches; the paper packs them into sequences.
@@ -173,7 +173,8 @@ def make_loader(settings, blend, tokenizer, processor, position, steps):
 
 
 def sources_of(settings, size):
-    """The sources of --data and --scenes, or the embedded world's, or what --blend takes of them."""
+    """The sources of --data and --scenes, or the embedded world's, or what --blend takes of
+    them."""
     first_scene = settings.seed * 10**6
     world = cold_start_blend(settings.traces, settings.world_scenes, first_scene, size)
     traces = [source for source in world if source[0].startswith(("lor_", "dtr_"))]
@@ -187,7 +188,8 @@ def sources_of(settings, size):
 
 
 def fit(settings, model, tokenizer, processor, sources, steps, device, keeper, title):
-    """Train a sharded model on a blend of sources for some steps; one cosine of the learning rate."""
+    """Train a sharded model on a blend of sources for some steps; one cosine of the learning
+    rate."""
     blend = data.Blend(sources, settings.seed)
     counts = [f"{name} {count:,}" for (name, _, _), count in zip(sources, blend.counts)]
     distributed.say(

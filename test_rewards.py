@@ -1129,10 +1129,9 @@ def test_detection_cannot_be_raised_by_moving_a_centre_away():
 @pytest.fixture(scope="module")
 def world():
     """(task, path) -> [(trace, answer, centres, question), ...] of 60 scenes with exact labels."""
+    import data
     from world.questions import ask_questions
     from world.raycast import make_scene
-
-    import data
 
     family = {}
     for seed in range(60):

@@ -1,7 +1,7 @@
 """Processes, devices and sharding: what a stage needs to run on one CPU core or on eight GPUs.
 
-One code path for `python sft.py`, `torchrun --nproc_per_node 8 sft.py` and several nodes: FSDP2 on a
-mesh of all ranks, also of one; gloo on CPU, NCCL on CUDA; float32 weights, bf16 compute on CUDA,
+One code path for `python sft.py`, `torchrun --nproc_per_node 8 sft.py` and several nodes: FSDP2 on
+a mesh of all ranks, also of one; gloo on CPU, NCCL on CUDA; float32 weights, bf16 compute on CUDA,
 float32 reduction of gradients.
 """
 
@@ -142,7 +142,8 @@ def shard(model, device, checkpointing=False):
 
 
 def freeze(model, device):
-    """Train nothing of the model. On CUDA its weights become bf16, which computes with bf16 anyway."""
+    """Train nothing of the model. On CUDA its weights become bf16, which computes with bf16
+    anyway."""
     for parameter in model.requires_grad_(False).parameters():  # not the buffers
         if device.type == "cuda":
             parameter.data = parameter.data.bfloat16()
@@ -166,8 +167,8 @@ def sync_gradients(model, last):
 def gathered(model):
     """Inside, every rank holds whole weights, so that ranks may run different numbers of forwards.
 
-    That is so in rollouts and evaluations. FSDP's hooks on forward have nothing to do there and cost
-    0.1 to 0.2 ms per unit and token: they are taken off. (`encode_images` keeps its own.)
+    That is so in rollouts and evaluations. FSDP's hooks on forward have nothing to do there and
+    cost 0.1 to 0.2 ms per unit and token: they are taken off. (`encode_images` keeps its own.)
     Inside, make no state dict and no second `gathered`.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]

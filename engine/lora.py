@@ -10,7 +10,8 @@ from torch import nn
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with a low-rank adapter, made of a stock one; its own weights keep their names."""
+    """A linear layer with a low-rank adapter, made of a stock one; its own weights keep their
+    names."""
 
     scale = 2.0  # alpha / rank
     on = True
@@ -44,7 +45,8 @@ def add_adapters(model, rank, seed):
 
 @contextlib.contextmanager
 def adapters_off(model):
-    """Inside, the model is as it was before its adapters. Nothing happens to a model without any."""
+    """Inside, the model is as it was before its adapters. Nothing happens to a model without
+    any."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoRALinear)]
     for layer in layers:
         layer.on = False

@@ -35,8 +35,9 @@ def setting(default, reason, choices=(), positional=False, flag=""):
 def parse(settings, description, argv=None, moved=None):
     """Command line -> settings object.
 
-    A list takes several values, a bool is a switch, all else is `--name value`. UserError for a value
-    that is not among the setting's choices, and for a flag that has moved (moved: flag -> new command).
+    A list takes several values, a bool is a switch, all else is `--name value`. UserError for a
+    value that is not among the setting's choices, and for a flag that has moved (moved: flag -> new
+    command).
     """
     argv = sys.argv[1:] if argv is None else argv
     for flag, command in (moved or {}).items():
@@ -107,7 +108,8 @@ def exit_code(main):
     try:
         main()
     except UserError as error:
-        # Every rank prints, since the mistake may be one rank's alone; the others' message is empty.
+        # Every rank prints, since the mistake may be one rank's alone; the others' message is
+        # empty.
         if str(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

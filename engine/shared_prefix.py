@@ -10,11 +10,11 @@ values of that prompt, and these do not depend on the response. So they are comp
     training    BranchKV: one forward of the N responses, each behind its prompt's keys and values;
                 the gradients of G responses add up there and flow back into the one prefill
 
-Stock attention takes keys and values row by row, so that a shared prompt would have to be copied for
-each response, and with some kernels for each query head. Here a query is multiplied with the
-prompt's keys and with its own response's keys in two products, and one softmax spans both. The first
-product is done for all G responses at once: it reads the prompt's keys once per group and copies
-nothing.
+Stock attention takes keys and values row by row, so that a shared prompt would have to be copied
+for each response, and with some kernels for each query head. Here a query is multiplied with the
+prompt's keys and with its own response's keys in two products, and one softmax spans both. The
+first product is done for all G responses at once: it reads the prompt's keys once per group and
+copies nothing.
 
 In training, stock attention with copies is used after all in two cases (BranchKV, `copies`): on
 CUDA, where its fused kernels gain more than the copies cost; and with activation checkpointing,
@@ -45,7 +45,8 @@ def rollout(
     prompts: a collated batch (data.py), left-padded; banned: token ids that are never sampled.
     -> tokens (N, T); mask (N, T), 1 = sampled, up to and including the stop token;
        logprobs (N, T) of the sampled tokens; the features of the images.
-    The responses to a prompt are neighbours. A response without a stop token at its end was cut off.
+    The responses to a prompt are neighbours. A response without a stop token at its end was cut
+    off.
     """
     model.eval()  # nothing is recomputed: activation checkpointing is for training
     features = encode_prompts(model, prompts)
@@ -161,9 +162,9 @@ def join_scores(first, later, wanted):
 class TokenScores(torch.autograd.Function):
     """logits (N, V), tokens (N,) -> log-probabilities (N,), entropies (N,), without gradient.
 
-    The distribution is that of `allowed_logits`, in float32. The logits are the biggest tensor of the
-    step, and no second one of that size is made: they are taken a slice of rows at a time, and the
-    backward pass writes their gradient over them. So nothing else may use these logits.
+    The distribution is that of `allowed_logits`, in float32. The logits are the biggest tensor of
+    the step, and no second one of that size is made: they are taken a slice of rows at a time, and
+    the backward pass writes their gradient over them. So nothing else may use these logits.
     """
 
     @staticmethod
@@ -322,8 +323,8 @@ class LastTokenOnly:
 def last_token_only(layer):
     """Make a decoder layer a LastTokenOnly, in place.
 
-    It gets a subclass of its own class, as FSDP2 does it: parameters, their names and hooks stay, and
-    so do checkpoints and optimizers; only `forward` is another.
+    It gets a subclass of its own class, as FSDP2 does it: parameters, their names and hooks stay,
+    and so do checkpoints and optimizers; only `forward` is another.
     """
     if not isinstance(layer, LastTokenOnly):
         stock = type(layer)
@@ -344,12 +345,13 @@ def padding_scores(attention_mask, dtype):
 # ----------------------------------------------------------------------------------------------
 # training: whole responses behind their prompts, with gradient
 #
-# Here and in sampling, far scores are those of a response's queries with the keys of the prompt, and
-# near scores those with the keys of the response itself.
+# Here and in sampling, far scores are those of a response's queries with the keys of the prompt,
+# and near scores those with the keys of the response itself.
 
 
 class BranchCache(Cache):
-    """The caches of all layers for whole responses. attention_mask (B, L) of the prompts, 1 = token.
+    """The caches of all layers for whole responses. attention_mask (B, L) of the prompts, 1 =
+    token.
 
     layers: of a PromptCache; copies: see BranchKV.
     """
@@ -541,7 +543,8 @@ def times_prompt(states, matrix, buffer=None):
 
 
 def for_prompt(states, scores):
-    """states (P, G, M, D), scores (P, G, M, L) -> (P, D, L), summed over all queries to a prompt."""
+    """states (P, G, M, D), scores (P, G, M, L) -> (P, D, L), summed over all queries to a
+    prompt."""
     return states.flatten(1, 2).mT @ scores.flatten(1, 2)
 
 
@@ -637,11 +640,11 @@ class Places:
     """Where the rows of a batch, one per response, stand in the tensors of a DecodeKV.
 
     These have `width` slots per prompt, as many as the prompt with most responses needs. The
-    responses to a prompt fill its slots from the front; where it has fewer, the last slots are empty:
-    they are computed as well, from zeros, and no row reads them.
+    responses to a prompt fill its slots from the front; where it has fewer, the last slots are
+    empty: they are computed as well, from zeros, and no row reads them.
 
-    prompt (rows,): of each row, ascending; slot (rows,): of each row; padding (B, 1, 1, 1, L): added
-    to the far scores, or None.
+    prompt (rows,): of each row, ascending; slot (rows,): of each row; padding (B, 1, 1, 1, L):
+    added to the far scores, or None.
     """
 
     def __init__(self, prompt, padding):

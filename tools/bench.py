@@ -1,25 +1,26 @@
-"""One GRPO step three ways, on the same work: ours, a naive loop, and TRL's GRPOTrainer if installed.
+"""One GRPO step three ways, on the same work: ours, a naive loop, and TRL's GRPOTrainer if
+installed.
 
     python -m tools.bench --model-size 1.4M --image 448              # CPU, one thread: a minute
     python -m tools.bench --model-size 23M --prompt-tokens 1350 --prompts 1 --new-tokens 150
     python -m tools.bench --model-size 2B --image 960 --prompt-tokens 1000 --prompts 1 --new-tokens 512
 
-The last line is for a GPU (bf16). The work: --prompts prompts with a picture each, --group responses
-per prompt, of exactly --new-tokens tokens (or --ragged), then one AdamW step on the language model.
-Weights are random, the vision side is frozen. On CUDA weights and moments are bf16 for all contenders,
-so that 8 B fits on one card.
+The last line is for a GPU (bf16). The work: --prompts prompts with a picture each, --group
+responses per prompt, of exactly --new-tokens tokens (or --ragged), then one AdamW step on the
+language model. Weights are random, the vision side is frozen. On CUDA weights and moments are bf16
+for all contenders, so that 8 B fits on one card.
 
 naive   the plain `rollout` and `token_logprobs` of model.py: every response is a row of its own with
         the whole prompt, in sampling and in training, as hand-written loops do it.
 ours    the same two functions of engine/shared_prefix.py and grpo.optimizer_step, under FSDP2.
 trl     GRPOTrainer, in tools/bench_trl.py.
 
-A turn is a process: one step to warm up, then those whose time counts, then one whose memory counts;
-turns in the order A B B A. Seconds are medians: of CPU time with one thread on the CPU, which other
-programs disturb little, else of the clock. Peak memory is what a phase adds to the libraries (weights,
-moments, activations): on the CPU the kernel's high-water mark of the resident set, which is set back
-before each phase, on CUDA the allocator's. On the CPU, freed blocks go back to the system for that,
-which slows the phase; hence a step of its own.
+A turn is a process: one step to warm up, then those whose time counts, then one whose memory
+counts; turns in the order A B B A. Seconds are medians: of CPU time with one thread on the CPU,
+which other programs disturb little, else of the clock. Peak memory is what a phase adds to the
+libraries (weights, moments, activations): on the CPU the kernel's high-water mark of the resident
+set, which is set back before each phase, on CUDA the allocator's. On the CPU, freed blocks go back
+to the system for that, which slows the phase; hence a step of its own.
 """
 
 import contextlib
@@ -102,7 +103,8 @@ TEXT_FIELDS = (
     "vocab_size",
     "tie_word_embeddings",
 )
-# {name: (VISION_FIELDS, TEXT_FIELDS, sections of M-RoPE)}; the last three are the published Qwen3-VL.
+# {name: (VISION_FIELDS, TEXT_FIELDS, sections of M-RoPE)}; the last three are the published
+# Qwen3-VL.
 SIZES = {
     "1.4M": (
         (3, 64, 128, 4, [0, 1, 2], 256),
@@ -416,7 +418,8 @@ def naive_backward(model, reference, batch, rewards, banned, kl, micro):
 
 
 def passes(prompts, features, group, micro, config):
-    """The work in passes of `micro` responses: ((prompts, features), rows of their responses), ..."""
+    """The work in passes of `micro` responses: ((prompts, features), rows of their responses),
+    ..."""
     count = len(prompts["input_ids"])
     micro = micro or count * group
     per_pass = max(1, micro // group)  # prompts
@@ -573,9 +576,9 @@ def summary(turns, tokens):
 def least_seconds(settings, rates, size):
     """Seconds of our rollout and update if the machine did nothing but its best.
 
-    That is its matrix products, or in decoding the bytes that are read if they take longer: a decoding
-    step reads the language model's weights and every row's keys and values. rates: see machine_rates;
-    size: bytes per number.
+    That is its matrix products, or in decoding the bytes that are read if they take longer: a
+    decoding step reads the language model's weights and every row's keys and values. rates: see
+    machine_rates; size: bytes per number.
     """
     flops, bandwidth = rates
     depth, vision_width, vision_mlp, *_ = SIZES[settings.model_size][0]

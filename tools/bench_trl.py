@@ -2,9 +2,9 @@
 
     pip install trl==1.16.0 accelerate datasets          # beside requirements.txt; the bench finds it
 
-Its update holds all that lies between the responses and the end of the step: its rewards, its second
-preparation of the pictures, the losses, one AdamW step. The preparation before the responses is not
-counted.
+Its update holds all that lies between the responses and the end of the step: its rewards, its
+second preparation of the pictures, the losses, one AdamW step. The preparation before the responses
+is not counted.
 """
 
 import tempfile

@@ -1,7 +1,9 @@
-"""The embedded world as sources of a blend (data.py), [(name, rows, weight), ...]; its held-out questions.
+"""The embedded world as sources of a blend (data.py), [(name, rows, weight), ...]; its held-out
+questions.
 
-A scene is a number, the seed that it is drawn from. The ranges of scenes never meet: cold starts take
-a million per --seed from 0 on, held-out questions begin at HELD_OUT, reinforcement learning at FRESH.
+A scene is a number, the seed that it is drawn from. The ranges of scenes never meet: cold starts
+take a million per --seed from 0 on, held-out questions begin at HELD_OUT, reinforcement learning at
+FRESH.
 """
 
 from functools import lru_cache
@@ -24,8 +26,9 @@ FRESH = 10**9
 OVERLOOKED = 0.6  # share of the annotated scenes in which the smallest object was overlooked
 
 # Short questions without reasoning, in place of a stock VLM's pretraining, easy before hard: what a
-# region token holds, and to look up a word in a list; what the picture shows, and in its marks; where
-# things are, and how to compute with that. (share of the steps that are done, {task: rows per scene})
+# region token holds, and to look up a word in a list; what the picture shows, and in its marks;
+# where things are, and how to compute with that. (share of the steps that are done, {task: rows per
+# scene})
 PERCEPTION_STAGES = [
     (0.2, {"region_qa": 3, "lookup": 2}),
     (0.5, {"region_qa": 1, "listing": 3, "mark_qa": 3, "lookup": 1, "measure": 2}),
@@ -43,8 +46,8 @@ PERCEPTION_STAGES = [
         },
     ),
 ]
-# The parts of the cold start and of reinforcement learning with reasoning: name, path, families, rows
-# per scene with a trace (cold start), share of the fresh questions (reinforcement learning).
+# The parts of the cold start and of reinforcement learning with reasoning: name, path, families,
+# rows per scene with a trace (cold start), share of the fresh questions (reinforcement learning).
 REASONING = [
     ("lor_region", "lor", REGION_FAMILIES, 6, 3),
     ("lor_general", "lor", GENERAL_FAMILIES, 5, 2),
@@ -102,7 +105,8 @@ class WorldRows:
 
     def __getitem__(self, index):
         k, s = divmod(index % len(self), self.scenes)
-        # Not every scene allows every question: then the next task, and after all tasks the next scene.
+        # Not every scene allows every question: then the next task, and after all tasks the next
+        # scene.
         for attempt in range(self.scenes * len(self.tasks)):
             seed = self.first_scene + (s + attempt // len(self.tasks)) % self.scenes
             scene = cached_scene(seed, self.size, self.annotated)
@@ -119,7 +123,8 @@ class WorldRows:
 
 
 def perception_stages(scenes, first_scene, size):
-    """The blends of PERCEPTION_STAGES, from the imperfect annotation: [(share done, sources), ...]."""
+    """The blends of PERCEPTION_STAGES, from the imperfect annotation: [(share done, sources),
+    ...]."""
     stages = []
     for share_done, tasks in PERCEPTION_STAGES:
         sources = []
@@ -133,8 +138,8 @@ def perception_stages(scenes, first_scene, size):
 def cold_start_blend(traces, scenes, first_scene, size):
     """The cold-start mixture, from the imperfect annotation: a list of sources.
 
-    Scenes with reasoning traces are few (`traces`); what needs no reasoning comes from all `scenes`.
-    A source's weight keeps an epoch as long as the traces last.
+    Scenes with reasoning traces are few (`traces`); what needs no reasoning comes from all
+    `scenes`. A source's weight keeps an epoch as long as the traces last.
     """
     blend = []
     for name, path, tasks, count, _ in REASONING:

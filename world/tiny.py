@@ -1,6 +1,8 @@
-"""The embedded default models: a small new Qwen3-VL, its tokenizer and image processor, made on the spot.
+"""The embedded default models: a small new Qwen3-VL, its tokenizer and image processor, made on the
+spot.
 
-Nothing is downloaded: the weights are random, the tokenizer is trained on the embedded world's texts.
+Nothing is downloaded: the weights are random, the tokenizer is trained on the embedded world's
+texts.
 """
 
 import torch
@@ -12,8 +14,8 @@ from world.questions import ask_questions, grounding
 from world.sources import cached_scene
 
 # image: side of the pictures, pixels; patch: side of a vision patch; merge: patches per side of an
-# image token; vision and text: (width, layers, MLP width, heads). And what goes with a size unless a
-# flag says otherwise: rows and learning rate of an SFT step, prompts of a GRPO step.
+# image token; vision and text: (width, layers, MLP width, heads). And what goes with a size unless
+# a flag says otherwise: rows and learning rate of an SFT step, prompts of a GRPO step.
 SIZES = {
     "tiny": {
         "image": 96,
