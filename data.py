@@ -110,9 +110,9 @@ def encode(row, tokenizer, processor, train):
     )
     regions = regions_of(row, sizes)
     weights = torch.zeros(len(regions), len(points))  # (R, P)
-    for region, (i, box) in zip(weights, regions):
+    for row_weights, (i, box) in zip(weights, regions):
         mask = region_mask(box, *sizes[i])  # (H, W)
-        own_patches = region.split(patches)[i]
+        own_patches = row_weights.split(patches)[i]
         own_patches.copy_(region_weights(mask[None], grids[i], merge_size)[0])
 
     # A training target without <answer> (a caption, a bare box) follows the bare question.
@@ -143,7 +143,8 @@ def prompt_text(row, with_template, pads):
     text = text.removeprefix(front).strip()
     if in_front + text.count(IMAGE_PLACEHOLDER) != len(pads):
         raise BadRow(
-            f"{row['source']}: field 'conversations': {len(pads)} images need as many <image>, or none"
+            f"{row['source']}: field 'conversations': {len(pads)} images need as many <image>, "
+            "or none"
         )
     if with_template:
         if path_of(row) == "dtr" and len(pads) > 1:
@@ -299,8 +300,8 @@ class Blend:
     """Sources [(name, rows, weight)], evenly interleaved: every stretch has the global proportions.
 
     Weight w repeats a source w times per epoch (w < 1: takes that share of it). A position, counted
-    over all epochs and ranks, fixes the row: to resume, go on at the position; to shard, take every
-    world_size-th.
+    over all epochs and ranks, fixes the row: to resume, go on at the position; to shard, give each
+    rank its own positions (sft.py and grpo.py: a block of neighbours per step).
     """
 
     def __init__(self, sources, seed):

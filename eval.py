@@ -4,7 +4,7 @@ The paths are LOR (language-only reasoning) and DTR (detect-then-reason: 3D coor
 
     python eval.py --model out/grpo                        # held-out scenes of the embedded world
     torchrun --nproc_per_node 8 eval.py --model out/grpo --scenes scenes.jsonl --json out.json
-    python eval.py --compare out/grpo/eval_cold_start.json out/grpo/eval.json --report out/report.html
+    python eval.py --compare out/grpo/eval_cold_start.json out/grpo/eval.json --report out/r.html
 
 Every question is asked on both paths. The table has, per path and task, the means of accuracy,
 format, detection and total reward, and the centre error: the median over the asked-for objects, in
@@ -62,7 +62,7 @@ class Settings:
     # who is asked what
     model: str = setting("out/grpo", "folder of this project or a stock Qwen3-VL")
     data: list = setting([], "instance files to answer instead of the embedded world")
-    scenes: str = setting("", "scenes.jsonl: ask the region questions about these pictures")
+    scenes: str = setting("", "scenes.jsonl: ask every question that these pictures allow")
     skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
     questions: int = setting(
         1320, "embedded world: held-out questions; each is asked on both paths"
@@ -79,7 +79,7 @@ class Settings:
         ("lor", "dtr", "both", "auto"),
     )
     # how
-    temperature: float = setting(0.0, "0 is greedy (paper: 0.5 during training)")
+    temperature: float = setting(0.0, "0 is greedy (paper: 0.5 in validation)")
     max_new_tokens: int = setting(160, "longest response (paper: 2048)")
     batch: int = setting(240, "prompts at once on a rank")
     seed: int = setting(0, "seed of the sampling at temperatures above 0")

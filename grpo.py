@@ -2,30 +2,30 @@
 
 The paths are LOR (language-only reasoning) and DTR (detect-then-reason: 3D coordinates first).
 
-    torchrun --nproc_per_node 2 grpo.py        # embedded world, two CPU cores: cold start, GRPO, evaluation
+    torchrun --nproc_per_node 2 grpo.py       # embedded world, two CPU cores: cold start and GRPO
     python grpo.py --model out/sft --data rl.json --lora 16 --checkpointing --rollout_prompts 16
     torchrun --nproc_per_node 8 grpo.py --model out/sft --data rl.json --checkpointing --resume
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 grpo.py ...
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 grpo.py
 
 For G responses to one prompt with rewards r:
 
-    advantage                         A = (r - mean r) / (std r + 1e-6), the same for every token
-    ratio of a token                  w = exp(log p - log p_old)
-    clipped objective                 J = min(w A, clip(w, 1 - 0.2, 1 + 0.3) A); J >= 3 A where A < 0
-    KL to the frozen cold start       k3 = p_ref / p - log(p_ref / p) - 1
-    loss                              - sum(J - kl k3) / tokens of the optimizer step, over all ranks
+    advantage                      A = (r - mean r) / (std r + 1e-6), the same for every token
+    ratio of a token               w = exp(log p - log p_old)
+    clipped objective              J = min(w A, clip(w, 1 - 0.2, 1 + 0.3) A); J >= 3 A where A < 0
+    KL to the frozen cold start    k3 = p_ref / p - log(p_ref / p) - 1
+    loss                           - sum(J - kl k3) / tokens of the optimizer step, over all ranks
 
 Differences from the authors' release (the method is SR-REAL, arXiv 2606.17539):
 1. The token mean is over all tokens of the optimizer step, across ranks and micro-batches.
    (There: over micro-batches of two responses.)
-2. A group is kept if its rewards differ. --filter mean is the paper's rule, 0.2 < mean < 0.99,
-   which keeps ties.
+2. A group is kept if its rewards differ (by more than --min_std). --filter mean is the paper's
+   rule, 0.2 < mean < 0.99, which keeps ties.
 3. The sampled distribution is the scored one: temperature 1, no top-p, the same tokens banned
    in both.
 4. Old log-probabilities come from the sampler itself; the log shows their distance to the training
    forward before the first update ("first_mismatch", about 0).
-5. The vision side is frozen and its features are computed once per step, for rollout, policy and
-   reference. The learning rate has no warm-up.
+5. The vision side is frozen (unless --train_vision) and its features are computed once per step,
+   for rollout, policy and reference. The learning rate has no warm-up.
 
 Dimensions: B prompts, G responses per prompt, N = B G, T response tokens.
 """
@@ -71,8 +71,8 @@ class Settings:
     )
     detection: str = setting(
         "shared",
-        "DTR's detection reward; shared: divided by objects or boxes, the more; boxes: by boxes, as "
-        "the release does; none: 0.8 accuracy + 0.2 format",
+        "DTR's detection reward; shared: divided by objects or boxes, the more; boxes: by boxes, "
+        "as the release does; none: 0.8 accuracy + 0.2 format",
         ("shared", "boxes", "none"),
     )
     seed: int = setting(0, "seed of data order and sampling")
@@ -157,10 +157,10 @@ def grpo_loss(
     dual_clip=3.0,
     kl=0.02,
 ):
-    """The token loss, summed: to be divided by the tokens of the optimizer step. And sums to log.
+    """The token loss, summed: to be divided by the tokens of the optimizer step.
 
     logprobs, old_logprobs, ref_logprobs (or None) and mask (N, T), 1 = token of a response, up to
-    and including its stop token; advantages (N,).
+    and including its stop token; advantages (N,). -> the sum, and {name: sum over tokens} to log
     """
     advantages = advantages[:, None]  # (N, 1)
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()  # exp(20) is finite, exp(100) is not
@@ -182,9 +182,9 @@ def grpo_loss(
         )  # its expected gradient is that of KL(p_ref, p), not of KL(p, p_ref)
         loss = loss + kl * k3
         stats["kl"] = k3
-    counts = mask.bool()
-    sums = {name: value.detach()[counts].sum() for name, value in stats.items()}
-    return loss[counts].sum(), sums
+    in_response = mask.bool()
+    sums = {name: value.detach()[in_response].sum() for name, value in stats.items()}
+    return loss[in_response].sum(), sums
 
 
 # ----------------------------------------------------------------------------------------------
@@ -236,8 +236,8 @@ def set_up(settings, model, tokenizer, processor, rows, device):
         fused=True,
     )
     distributed.say(
-        f"GRPO: {settings.steps} steps of {settings.prompts} prompts x {settings.group_size} responses "
-        f"({settings.prompts // distributed.world_size()} prompts per rank), "
+        f"GRPO: {settings.steps} steps of {settings.prompts} prompts x {settings.group_size} "
+        f"responses ({settings.prompts // distributed.world_size()} prompts per rank), "
         f"{settings.minibatches} optimizer steps each; "
         f"{sum(p.numel() for p in trained):,} trained parameters"
     )
@@ -263,7 +263,7 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
     """The whole stage on a blend of rows -> the trained, sharded model.
 
     reward_function(row, response, parts) -> what is optimized; parts: the reward parts of
-    data.score, which the log always shows. Default: parts["reward"], their sum.
+    data.score, which the log always shows. Default: parts["reward"], their weighted sum.
     """
     reward_function = reward_function or whole_reward
     learner = set_up(settings, model, tokenizer, processor, rows, device)
@@ -293,7 +293,7 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
                 kept = (kept + [group for group in groups if group["kept"]])[:local]
                 if distributed.total(len(kept)) == settings.prompts:  # the same on every rank
                     break
-        # Advantages.
+        # Advantages; also of groups that were dropped, since one may stand in as a filler.
         for group in sampled:
             group["advantages"] = group_advantages(group["rewards"][None])[0]  # (G,)
         # Update.
@@ -409,14 +409,14 @@ def optimizer_step(learner, groups, filler, settings, finite=None):
     losses = []  # (id, loss of the pass that held it) of each group
     largest_mismatch = 0.0
     for i in range(passes):
-        counts = i < len(micro)
+        is_real = i < len(micro)  # else the filler, with weight 0
         distributed.sync_gradients(learner.model, last=i == passes - 1)
         loss, stats, mismatch = micro_batch_loss(
-            learner, micro[i] if counts else [filler], settings
+            learner, micro[i] if is_real else [filler], settings
         )
         # FSDP averages the gradients over the ranks, hence their number.
-        (loss * counts * distributed.world_size() / tokens).backward()
-        if counts:
+        (loss * is_real * distributed.world_size() / tokens).backward()
+        if is_real:
             for name, value in stats.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
             losses += [(group_name(group), stats["loss"].item()) for group in micro[i]]
@@ -467,10 +467,10 @@ def micro_batch_loss(learner, groups, settings):
         settings.dual_clip,
         settings.kl,
     )
-    counts = mask.bool()
+    in_response = mask.bool()
     stats["loss"] = loss.detach()
-    stats["entropy"] = entropy[counts].sum()
-    mismatch = (logprobs.detach() - old_logprobs)[counts].abs().max().item()
+    stats["entropy"] = entropy[in_response].sum()
+    mismatch = (logprobs.detach() - old_logprobs)[in_response].abs().max().item()
     return loss, stats, mismatch
 
 
@@ -540,8 +540,9 @@ def reward_per_box(row, response, parts):
     if parts["detection"] is None:
         return parts["reward"]
     boxes = len(rewards.parse_boxes(response))
-    surplus = max(len(centers_of(row)), boxes) / max(boxes, 1)
-    return rewards.weighted({**parts, "detection": parts["detection"] * surplus})
+    # Undoes the division by the objects, where they are more than the boxes.
+    factor = max(len(centers_of(row)), boxes) / max(boxes, 1)
+    return rewards.weighted({**parts, "detection": parts["detection"] * factor})
 
 
 def reward_without_detection(row, response, parts):

@@ -7,7 +7,7 @@ The first line is the 3D position embedding, the second the region token. Below 
 two functions that reinforcement learning needs, written plainly: `rollout` samples responses,
 `token_logprobs` scores them. engine/shared_prefix.py has both again, several times as fast.
 
-    from model import RegionVLM                         # this file needs torch and transformers, and no other file
+    from model import RegionVLM           # this file needs torch and transformers, no other file
     model, tokenizer, processor = RegionVLM.load("Qwen/Qwen3-VL-4B-Instruct")
 
 Differences from the authors' release (the method is SR-REAL, arXiv 2606.17539):
@@ -88,8 +88,9 @@ def to_patches(maps, grid, merge_size):
     """Area-average pixel maps onto the vision patches, in the order of Qwen3-VL.
 
     That order goes through blocks of merge_size x merge_size patches, which become one image token.
-    maps (C, H, W), NaN where there is no value, which is left out of the mean; grid (rows, columns)
-    of patches -> (P, C), NaN where a patch holds no value at all.
+    maps (C, H, W), NaN in all channels where there is no value, which is left out of the mean (the
+    first channel decides); grid (rows, columns) of patches -> (P, C), NaN where a patch holds no
+    value at all.
     Encode points first and average then: averaging xyz first triples the error of the centres.
     """
     known = maps[:1].isfinite().float()
@@ -231,9 +232,9 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
     ):
         """The stock forward, or, with one of the arguments that are not stock, `patched_forward`.
 
-        points, regions: see the class; they need pixel_values. features: what `encode_images` made
-        of the images, instead of these three. text_only: no images; those of the prompt are in
-        past_key_values.
+        points, regions: see the class; they need pixel_values and image_grid_thw. features: what
+        `encode_images` made of the images, instead of pixel_values, points and regions.
+        text_only: no images; those of the prompt are in past_key_values.
         """
         if features is None and not text_only:
             if points is None and regions is None:
@@ -416,8 +417,10 @@ def choose_tokens(scores, temperature, generator):
     return torch.searchsorted(mass, point * mass[:, -1:], right=True)[:, 0]
 
 
-def few_are_left(alive):
-    """Is it time to leave out the rows that have ended? alive (rows,), 1 = has not ended.
+def enough_have_ended(alive):
+    """Have more than a fifth of the rows ended, so that it is time to leave them out?
+
+    alive (rows,), 1 = has not ended.
 
     Both rollouts go by this rule, so that they use up their random numbers alike and sample
     the same from the same seed. (The fast one also drops the rows from its batch.)
@@ -487,7 +490,7 @@ def rollout(
         alive = alive & ~torch.isin(new, stop_ids)
         if not alive.any() or t + 1 == max_new_tokens:
             break
-        if few_are_left(alive[drawn]):
+        if enough_have_ended(alive[drawn]):
             drawn = alive
         # Rows that have ended are computed on; nothing looks at them.
         attention_mask = torch.cat([attention_mask, torch.ones_like(new)[:, None]], 1)
@@ -502,7 +505,8 @@ def rollout(
 def token_logprobs(model, prompts, features, tokens, mask, banned, temperature=1.0):
     """Log-probabilities of sampled tokens and entropies of their distributions, with gradient.
 
-    One forward of prompt + response per response. The distribution is that of `rollout`.
+    One forward, in which each row is a whole prompt with one response. The distribution is that of
+    `rollout`.
     features: of the prompts' images, or None: encode them, with gradient.
     tokens, mask (N, T) -> logprobs (N, T), entropy (N, T), both 0 where mask is 0.
     """

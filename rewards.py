@@ -37,8 +37,9 @@ def total_reward(response, answer, path, centers=None, images=1, question=""):
     """The sum, with the paper's weights, and its parts.
 
     -> {"total", "accuracy", "format", "detection"}; detection is None where it does not apply: on
-    path "lor", or without centres. Weak: text around the tags costs the format part only, and a DTR
-    response that skips detection still earns 0.8 of its accuracy.
+    path "lor", or without centres.
+    Known weakness: text around the tags costs the format part only, and a DTR response that skips
+    detection still earns 0.8 of its accuracy.
 
     >>> total_reward("<think>Two chairs, one table.</think><answer>3</answer>", "3", "lor")
     {'total': 1.0, 'accuracy': 1.0, 'format': 1.0, 'detection': None}
@@ -76,8 +77,8 @@ def accuracy_reward(response, answer):
             the mean, and wrong
     text    1 if equal up to case, white space and a final period, else 0
             (ours: the released reward pays 0)
-    Weak: the constant answer 0 earns exp(-2) = 0.14 by the number rule; close to 0 the rule
-    forgives nothing.
+    Known weakness: the constant answer 0 earns exp(-2) = 0.14 by the number rule; close to 0 the
+    rule forgives nothing.
 
     >>> accuracy_reward("<answer>(B) left</answer>", "B")
     1.0
@@ -118,8 +119,8 @@ def kind_of(answer):
         axes, values = zip(*read_motion(text))
         if None in axes + values or len(set(axes)) < len(axes):
             raise ValueError(
-                f"answer: {answer!r} is no camera motion 'move_right:0.4,rotate_up:5' with each axis "
-                "once"
+                f"answer: {answer!r} is no camera motion 'move_right:0.4,rotate_up:5' with each "
+                "axis once"
             )
         return "motion"
     return "choice" if LETTER.fullmatch(text) else "text"
@@ -164,7 +165,7 @@ def format_reward(response, path, images=1):
 
     LOR is <think>..</think> <answer>..</answer>; DTR has <detect>..</detect> before it, which
     announces N boxes (with several images: and the frame they are in) and lists N. White space
-    between the sections is free. Weak: only form counts.
+    between the sections is free. Known weakness: only form counts.
 
     >>> format_reward("<think>It is behind the table.</think><answer>B</answer>", "lor")
     1.0
@@ -184,8 +185,8 @@ def format_reward(response, path, images=1):
         return 0.0
     if not all(VISIBLE.search(text) for text in inside):
         return 0.0
-    without_boxes = inside[-2:]  # <think> and <answer>
-    if any("<3d_box" in text or "</3d_box" in text for text in without_boxes):
+    think_and_answer = inside[-2:]  # no box may stand there
+    if any("<3d_box" in text or "</3d_box" in text for text in think_and_answer):
         return 0.0
     if path == "lor":
         return 1.0
@@ -219,8 +220,8 @@ def detection_reward(response, centers, images=1, question=""):
     metres, x right, y down, z forward. With several images the written centres are in the frame
     that the response announces; an object without truth in that frame is missed, and where the
     question says "first image" only frame 0 pays.
-    Weak: absolute bins make far (outdoor) objects hard to score; a metre is a metre at a depth of
-    2 m and of 80 m.
+    Known weakness: absolute bins make far (outdoor) objects hard to score; a metre is a metre at a
+    depth of 2 m and of 80 m.
 
     >>> box = '<3d_box center="1,0,2.5">oak (red bbox)</3d_box>'
     >>> one = f'<detect>Find 1 relevant objects:{box}</detect>'

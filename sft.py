@@ -70,7 +70,8 @@ class Settings:
     )
     lr: float = setting(
         0.0,
-        "peak learning rate, cosine to 0; 0: by --size, tiny 2e-3; above 0.3 B parameters the paper's 5e-6",
+        "peak learning rate, cosine to 0; 0: by --size, tiny 2e-3; above 0.3 B parameters 5e-6, "
+        "the paper's",
     )
     warmup: float = setting(0.03, "share of the steps (paper: 0.03)")
     weight_decay: float = setting(0.0, "of AdamW (paper: 0)")
@@ -172,11 +173,13 @@ def make_loader(settings, blend, tokenizer, processor, position, steps):
     )
 
 
-def sources_of(settings, size):
-    """The sources of --data and --scenes, or the embedded world's, or what --blend takes of
-    them."""
+def sources_of(settings, side):
+    """Those of --data and --scenes if given, else what --blend names of the embedded world.
+
+    side: of the embedded world's pictures, pixels.
+    """
     first_scene = settings.seed * 10**6
-    world = cold_start_blend(settings.traces, settings.world_scenes, first_scene, size)
+    world = cold_start_blend(settings.traces, settings.world_scenes, first_scene, side)
     traces = [source for source in world if source[0].startswith(("lor_", "dtr_"))]
     others = [source for source in world if source not in traces]
     wanted = {"all": world, "cot": traces, "grounding": others, "none": []}
@@ -249,12 +252,12 @@ def gradients(model, samples, tokenizer, settings, device):
     losses = []
     for i in range(passes):
         distributed.sync_gradients(model, last=i == passes - 1)
-        counts = i < len(batches)  # else: the last batch once more, with weight 0
-        loss = target_loss(model, batches[min(i, len(batches) - 1)]) * counts
+        is_real = i < len(batches)  # else: the last batch once more, with weight 0
+        loss = target_loss(model, batches[min(i, len(batches) - 1)]) * is_real
         # FSDP averages the gradients over the ranks, hence their number.
         (loss * distributed.world_size() / tokens).backward()
         loss_sum += loss.item()
-        if counts:
+        if is_real:
             losses += [(sample["id"], loss.item()) for sample in micro[i]]
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip).full_tensor().item()
     return distributed.total(loss_sum) / tokens, norm, tokens, losses

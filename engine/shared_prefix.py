@@ -5,8 +5,8 @@ that computes the whole prompt again. But the G responses to a prompt attend to 
 values of that prompt, and these do not depend on the response. So they are computed once:
 
     prefill     one forward of the B prompts leaves their keys and values in a PromptCache
-    sampling    DecodeKV: the prompt's keys and values, once, and beside them those of each response,
-                which grow by a token per step
+    sampling    DecodeKV: the prompt's keys and values, once, and beside them those of each
+                response, which grow by a token per step
     training    BranchKV: one forward of the N responses, each behind its prompt's keys and values;
                 the gradients of G responses add up there and flow back into the one prefill
 
@@ -33,7 +33,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
-from model import allowed_logits, choose_tokens, encode_prompts, few_are_left, float_of
+from model import allowed_logits, choose_tokens, encode_prompts, enough_have_ended, float_of
 
 
 @torch.no_grad()
@@ -75,12 +75,12 @@ def rollout(
                 break
             # A response that has ended costs as much as one that goes on; but to drop it, the keys
             # and values of those that go on are copied. So several are dropped at once.
-            if few_are_left(alive):
+            if enough_have_ended(alive):
                 cache.keep_rows(alive)
                 rows = rows[alive]
                 new = new[alive]
                 position = position[alive]
-                alive = alive[alive]
+                alive = torch.ones_like(rows, dtype=torch.bool)
             out = model(
                 new[:, None],
                 None,
@@ -262,7 +262,8 @@ class PromptKV(DynamicLayer):
 
 
 class PromptCache(Cache):
-    """The prompts' keys and values of all layers. It tells a LastTokenOnly to be one."""
+    """The prompts' keys and values of all layers. A LastTokenOnly layer that is
+    given this cache computes only its last token."""
 
     def __init__(self, layers):
         super().__init__(layers=[PromptKV() for _ in range(layers)])
@@ -362,7 +363,7 @@ class BranchCache(Cache):
         padding = padding_scores(attention_mask, keys.dtype)  # (B, L)
         if padding is not None:
             padding = padding.repeat_interleave(keys.shape[1], 0)[:, None, None]  # (B K, 1, 1, L)
-        self.where = padding  # for `attend`
+        self.attend_with = padding  # for `attend`
 
 
 class BranchKV(DynamicLayer):
@@ -564,19 +565,19 @@ class DecodeCache(Cache):
         if padding is not None:
             padding = padding[:, None, None, None]  # (B, 1, 1, 1, L)
         prompts = torch.arange(len(attention_mask), device=attention_mask.device)
-        self.where = Places(prompts.repeat_interleave(group), padding)  # for `attend`
+        self.attend_with = Places(prompts.repeat_interleave(group), padding)  # for `attend`
 
     def keep_rows(self, alive):
         """Drop the responses that have ended; alive (rows,), 1 = goes on."""
-        prompt = self.where.prompt[alive]
-        slot = self.where.slot[alive]
+        prompt = self.attend_with.prompt[alive]
+        slot = self.attend_with.slot[alive]
         prompts_left, new_prompt = prompt.unique(return_inverse=True)
-        padding = self.where.padding
+        padding = self.attend_with.padding
         if padding is not None:
             padding = padding[prompts_left]
-        self.where = Places(new_prompt, padding)
+        self.attend_with = Places(new_prompt, padding)
         for layer in self.layers:
-            layer.keep_rows(prompts_left, prompt, slot, self.where)
+            layer.keep_rows(prompts_left, prompt, slot, self.attend_with)
 
 
 class DecodeKV(DynamicLayer):
@@ -679,7 +680,7 @@ class Places:
 def shared_attention(module, query, key, value, attention_mask, scaling, cache, **kwargs):
     """What the layers call inside `sharing`, as an attention function of transformers."""
     layer = cache.layers[module.layer_idx]
-    return layer.attend(cache.where, query, key, value, scaling), None
+    return layer.attend(cache.attend_with, query, key, value, scaling), None
 
 
 AttentionInterface.register("shared_prompt", shared_attention)
