@@ -742,7 +742,7 @@ def test_other_worlds_differ_as_they_say_and_the_answers_stay_exact():
         regions = [[text for text in words if "mask" in text] for words in named]
         assert regions[0] == regions[1]  # their boxes stand in this order
     with pytest.raises(ValueError, match="no other words"):
-        transfer.reword("Why?")
+        questions.reword("Why?")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

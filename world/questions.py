@@ -17,12 +17,14 @@ Lengths in a trace are whole tenths of a metre, kept as integers: one decimal is
 arithmetic is exact.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from zlib import crc32
 
 import numpy as np
 
+from formats.errors import UserError
 from world.raycast import COLORS, SHAPES
 
 RED = "red bbox"
@@ -165,7 +167,7 @@ def random_stream(scene, seed, number):
 # 2. Its entry at the end of REGION_FAMILIES or of GENERAL_FAMILIES, below. Random streams count the
 #    families, region before general: the questions of those behind a new one change, too.
 # 3. Its entry in NEEDS, below, if it needs more than one object.
-# 4. Its entry in WORDING (world/transfer.py): the question in other words. Without it,
+# 4. Its entry in WORDING, below: the question in other words. Without it,
 #    `eval.py --world wording` stops with an error.
 # 5. tests/test_data.py reads every question a second time: teach it what the right answer is.
 # The blends, the evaluation and its tables find a family by these dicts.
@@ -403,6 +405,68 @@ NEEDS = {  # objects; the others need 1
     "axis": 2,
     "closer": 2,
 }
+
+# The questions in other words, for `eval.py --world wording`: an entry per family, (pattern, other
+# words). A mark may have its `<mask>` behind it. What stands behind a match, the options, stays; and
+# so does the order of the marks, since the regions stand in the order of the text.
+WORDING = [
+    (
+        r"How far is (.*) from the camera in depth, in meters\?",
+        r"In meters, what is the depth of \1?",
+    ),
+    (
+        r"If the camera moves forward by (.*) meters, what is the depth of (.*) in meters\?",
+        r"The camera goes \1 meters forward. How deep is \2 then, in meters?",
+    ),
+    (
+        r"What is the distance between (.*) and (.*) in meters\?",
+        r"How many meters are between \1 and \2?",
+    ),
+    (
+        r"Which is nearer to (.*?)\?",
+        r"What is the closest to \1?",
+    ),
+    (
+        r"Where is (.*) relative to (.*)\? A\.",
+        r"Where does \1 stand with respect to \2? A.",
+    ),
+    (
+        r"Which is closer to the camera\?",
+        r"What does the camera have nearest to it?",
+    ),
+    (
+        r"How many objects are in the image\?",
+        r"Count the objects in the image.",
+    ),
+    (
+        r"Is anything (\w+) in the image\?",
+        r"Does the image show something \1?",
+    ),
+    (
+        r"What color is the largest one in the image\?",
+        r"The largest one in the image has which color?",
+    ),
+    (
+        r"What shape is the (\w+) one\?",
+        r"The \1 one has which shape?",
+    ),
+    (
+        r"Which are there most of\?",
+        r"Of which are there most?",
+    ),
+]
+
+
+def reword(question):
+    """The question in other words, with its marks, `<mask>` and options.
+
+    UserError where WORDING has no other words.
+    """
+    for pattern, words in WORDING:
+        if re.match(pattern, question):
+            return re.sub(pattern, words, question, count=1)
+    raise UserError(f"no other words for {question!r}")
+
 
 # ----------------------------------------------------------------------------------------------
 # what questions and traces are made of: words, options, numbers

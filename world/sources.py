@@ -17,9 +17,10 @@ from world.questions import (
     ask_questions,
     box_area,
     grounding,
+    reword,
 )
 from world.raycast import make_scene
-from world.transfer import VARIANTS, reword
+from world.transfer import VARIANTS
 
 HELD_OUT = 9 * 10**8
 FRESH = 10**9
