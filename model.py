@@ -228,16 +228,18 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
         features=None,
         text_only=False,
         logits_to_keep=0,
+        head=None,
         **kwargs,
     ):
         """The stock forward, or, with one of the arguments that are not stock, `patched_forward`.
 
         points, regions: see the class; they need pixel_values and image_grid_thw. features: what
         `encode_images` made of the images, instead of pixel_values, points and regions.
-        text_only: no images; those of the prompt are in past_key_values.
+        text_only: no images; those of the prompt are in past_key_values. head: see
+        `patched_forward`.
         """
         if features is None and not text_only:
-            if points is None and regions is None:
+            if points is None and regions is None and head is None:
                 return super().forward(
                     input_ids=input_ids,
                     attention_mask=attention_mask,
@@ -263,6 +265,7 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
             past_key_values,
             features,
             logits_to_keep,
+            head,
             **kwargs,
         )
 
@@ -274,13 +277,16 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
         past_key_values,
         features,
         logits_to_keep,
+        head=None,
         **kwargs,
     ):
         """The language model on tokens (B, L), with features (a dict or None) at their
         placeholders.
 
         logits_to_keep: the last so many positions, 0 = all -> logits (B, positions, V); or a mask
-        (B, L), 1 = wanted -> logits (wanted, V). kwargs: for the attention function.
+        (B, L), 1 = wanted -> logits (wanted, V). head(lm_head, hidden): makes something else of the
+        hidden states than logits, and returns it in their place. kwargs: for the attention
+        function.
         """
         embeds = self.get_input_embeddings()(input_ids)  # (B, L, D)
         images = {}
@@ -307,9 +313,8 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
             hidden = hidden[:, -logits_to_keep:]
         else:
             hidden = hidden[logits_to_keep]  # (wanted, D)
-        return CausalLMOutputWithPast(
-            logits=self.lm_head(hidden), past_key_values=out.past_key_values
-        )
+        logits = head(self.lm_head, hidden) if head else self.lm_head(hidden)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
 
 
 def fill(embeds, here, features, what):
@@ -412,7 +417,7 @@ def choose_tokens(scores, temperature, generator):
         return scores.argmax(-1)
     # The inverse of the cumulative distribution at a random point: on a CPU this takes a sixth of
     # the time of torch.multinomial.
-    mass = scores.double().exp().cumsum(-1)  # (rows, V)
+    mass = scores.to(torch.float64, copy=True).exp_().cumsum_(-1)  # (rows, V)
     point = torch.rand(len(mass), 1, dtype=mass.dtype, device=mass.device, generator=generator)
     return torch.searchsorted(mass, point * mass[:, -1:], right=True)[:, 0]
 

@@ -30,6 +30,7 @@ from tqdm import tqdm
 import data
 from engine import distributed, plan, watch
 from engine.checkpoint import Keeper, load_model, save_model
+from engine.head import score_tokens
 from engine.settings import parse, run_main, setting
 from formats.errors import UserError
 from world.sources import cold_start_blend, perception_stages
@@ -106,14 +107,23 @@ class Settings:
 def target_loss(model, batch):
     """Summed cross-entropy of the target tokens of a batch (data.collate): a scalar.
 
-    Logits are made only where they are needed, at the positions before the target tokens.
+    Logits are made only where they are needed, at the positions before the target tokens, and only
+    a slice of them at a time (engine/head.py).
     """
     inputs = {key: value for key, value in batch.items() if key != "loss_mask"}
     is_target = batch["loss_mask"][:, 1:].bool()  # (B, L - 1), 1 = token of the target
     predicts_target = F.pad(is_target, (0, 1))  # (B, L), 1 = the next token is a target
-    logits = model(**inputs, logits_to_keep=predicts_target).logits  # (targets, V)
     targets = batch["input_ids"][:, 1:][is_target]  # (targets,)
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    def score_targets(lm_head, hidden):
+        """hidden (targets, D) -> log-probabilities (targets,)"""
+        logprobs, _ = score_tokens(
+            hidden, lm_head.weight, targets[:, None], banned=targets[:0], with_entropy=False
+        )
+        return logprobs[:, 0]
+
+    logprobs = model(**inputs, logits_to_keep=predicts_target, head=score_targets).logits
+    return -logprobs.sum()
 
 
 def micro_batches(samples, max_tokens):

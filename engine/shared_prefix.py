@@ -33,7 +33,8 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
-from model import allowed_logits, choose_tokens, encode_prompts, enough_have_ended, float_of
+from engine.head import score_tokens
+from model import allowed_logits, choose_tokens, encode_prompts, enough_have_ended
 
 
 @torch.no_grad()
@@ -103,35 +104,46 @@ def token_logprobs(model, prompts, features, tokens, mask, banned, temperature=1
     tokens, mask (N, T) -> logprobs (N, T), entropy (N, T), both 0 where mask is 0. Every response
     has a first token: mask[:, 0] is 1.
     """
-    group = len(tokens) // len(prompts["input_ids"])
+    prompt_count = len(prompts["input_ids"])
+    group = len(tokens) // prompt_count
     length = tokens.shape[1]
-    layers, prompt_logits, next_position = forward_prompts(model, prompts, features)
-    # The prompt's last token predicts the first token of all its responses.
-    first_logprobs, first_entropy = TokenScores.apply(
-        prompt_logits[:, -1].repeat_interleave(group, 0), tokens[:, 0], banned, temperature
+
+    def score_first(lm_head, hidden):
+        """hidden (B, 1, D): the prompt's last token predicts the first token of all responses."""
+        first_tokens = tokens[:, 0].view(prompt_count, group)
+        return score_tokens(hidden[:, 0], lm_head.weight, first_tokens, banned, temperature)
+
+    layers, (first_logprobs, first_entropy), next_position = forward_prompts(
+        model, prompts, features, head=score_first
     )
+    first_logprobs = backward_by_itself(layers, first_logprobs)
     # Each token of a response predicts the next, so that the last one need not be run. Where all
     # responses are a single token, one is run nevertheless and predicts nothing: ranks must run
     # equally many forwards, or they wait for each other for ever.
     steps = max(1, length - 1)
     next_tokens = nn.functional.pad(tokens, (0, 1))[:, 1 : steps + 1]  # (N, steps)
     wanted = nn.functional.pad(mask, (0, 1))[:, 1 : steps + 1].bool()  # (N, steps), 1 = has a next
-    logits = forward_responses(
-        model, prompts, layers, next_position, tokens[:, :steps], mask[:, :steps], wanted
+
+    def score_next(lm_head, hidden):
+        """hidden (wanted, D)"""
+        return score_tokens(
+            hidden, lm_head.weight, next_tokens[wanted][:, None], banned, temperature
+        )
+
+    later_logprobs, later_entropy = forward_responses(
+        model, prompts, layers, next_position, tokens[:, :steps], mask[:, :steps], wanted, score_next
     )
-    later_logprobs, later_entropy = TokenScores.apply(
-        logits, next_tokens[wanted], banned, temperature
-    )
-    logprobs = join_scores(first_logprobs, later_logprobs, wanted)
+    first_entropy = first_entropy.repeat_interleave(group)
+    logprobs = join_scores(first_logprobs.flatten(), later_logprobs[:, 0], wanted)
     entropy = join_scores(first_entropy, later_entropy, wanted)
     return logprobs[:, :length], entropy[:, :length]
 
 
-def forward_responses(model, prompts, layers, next_position, tokens, mask, wanted):
+def forward_responses(model, prompts, layers, next_position, tokens, mask, wanted, head):
     """Run response tokens (N, T) behind the keys and values of their prompts, with gradient.
 
     layers, next_position: what `forward_prompts` returned; mask (N, T), 1 = token of a response;
-    wanted (N, T), 1 = its logits are wanted -> logits (wanted, V).
+    wanted (N, T), 1 = the hidden state is wanted -> what `head` makes of these, (wanted, D).
     """
     group = len(tokens) // len(next_position)
     steps = torch.arange(tokens.shape[1], device=tokens.device)
@@ -144,6 +156,7 @@ def forward_responses(model, prompts, layers, next_position, tokens, mask, wante
         "past_key_values": cache,
         "text_only": True,
         "logits_to_keep": wanted,
+        "head": head,
     }
     if copies:
         prompt_mask = prompts["attention_mask"].repeat_interleave(group, 0)
@@ -153,64 +166,67 @@ def forward_responses(model, prompts, layers, next_position, tokens, mask, wante
         return model(tokens, None, cache=cache, **inputs).logits
 
 
+def backward_by_itself(layers, logprobs):
+    """Give the prompts a backward pass of their own, which begins when that of the responses ends.
+
+    The responses meet the prompts in two things alone: the keys and values of the layers, which are
+    replaced in place, and the first tokens' logprobs, which are returned. In one backward pass
+    through both, every weight would be waiting for its second gradient: FSDP can pass on none
+    before the last layer of the prompts is done, and each rank holds the whole gradient of all
+    layers. In two, it holds that of one layer at a time.
+    """
+    if not torch.is_grad_enabled():
+        return logprobs
+    states = [logprobs]
+    for layer in layers:
+        states += [layer.keys, layer.values]
+    anchor = torch.zeros((), device=logprobs.device, requires_grad=True)
+    logprobs, *rest = BackwardByItself.apply(anchor, states)
+    for i, layer in enumerate(layers):
+        layer.keys, layer.values = rest[2 * i : 2 * i + 2]
+    return logprobs
+
+
+class BackwardByItself(torch.autograd.Function):
+    """The same tensors, cut off from what made them; the way back leads through `backward` alone.
+
+    states: a list, so that autograd does not see the tensors in it; anchor: anything that it does
+    see and that wants a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, anchor, states):
+        ctx.states = states
+        ctx.set_materialize_grads(False)
+        return tuple(state.detach() for state in states)
+
+    @staticmethod
+    def backward(ctx, *slopes):
+        pairs = []
+        for state, slope in zip(ctx.states, slopes):
+            if state.requires_grad and slope is not None:
+                pairs.append((state, slope))
+        ctx.states = None
+        torch.autograd.backward(*zip(*pairs))
+        return None, None
+
+
 def join_scores(first, later, wanted):
     """Values of the first tokens (N,) and of the wanted later ones (wanted,) -> (N, 1 + steps)."""
     rows = later.new_zeros(wanted.shape).masked_scatter(wanted, later)  # (N, steps)
     return torch.cat([first[:, None], rows], 1)
 
 
-class TokenScores(torch.autograd.Function):
-    """logits (N, V), tokens (N,) -> log-probabilities (N,), entropies (N,), without gradient.
-
-    The distribution is that of `allowed_logits`, in float32. The logits are the biggest tensor of
-    the step, and no second one of that size is made: they are taken a slice of rows at a time, and
-    the backward pass writes their gradient over them. So nothing else may use these logits.
-    """
-
-    @staticmethod
-    def forward(ctx, logits, tokens, banned, temperature):
-        logprobs = torch.empty(len(tokens), device=logits.device, dtype=float_of(logits))
-        entropy = torch.empty_like(logprobs)
-        norm = torch.empty_like(logprobs)  # log of the sum of exp(score) over the vocabulary
-        for part in slices(logits):
-            scores = allowed_logits(logits[part], banned, temperature)
-            norm[part] = scores.logsumexp(-1)
-            logprobs[part] = scores.gather(1, tokens[part, None])[:, 0] - norm[part]
-            probabilities = (scores - norm[part, None]).exp()
-            finite = scores.clamp_min(torch.finfo(scores.dtype).min)  # 0 x -inf would be NaN
-            entropy[part] = norm[part] - (probabilities * finite).sum(-1)
-        ctx.save_for_backward(logits, tokens, banned, norm)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, slope, _):
-        logits, tokens, banned, norm = ctx.saved_tensors
-        for part in slices(logits):
-            scores = allowed_logits(logits[part], banned, ctx.temperature)
-            # d log p(token) / d score = (1 for the token itself, else 0) - p
-            gradient = scores.sub_(norm[part, None]).exp_().mul_(-slope[part, None])
-            gradient.scatter_add_(1, tokens[part, None], slope[part, None])
-            logits[part] = gradient.div_(ctx.temperature)
-        return logits, None, None, None
-
-
-def slices(logits):
-    """Slices of the rows of logits (N, V), each of at most 32 MB in float32."""
-    size = max(1, 2**23 // logits.shape[1])
-    return [slice(start, start + size) for start in range(0, len(logits), size)]
-
-
 # ----------------------------------------------------------------------------------------------
 # prefill: each prompt once
 
 
-def forward_prompts(model, prompts, features):
+def forward_prompts(model, prompts, features, head=None):
     """Run each prompt once, with gradient unless the caller says otherwise.
 
     features: of the prompts' images, or None: encode them.
-    -> the layers of a PromptCache, logits (B, 1, V) of the last token, the next position (B, 1)
+    -> the layers of a PromptCache; logits (B, 1, V) of the last token, or what `head` makes of its
+       hidden state (B, 1, D); the next position (B, 1)
     """
     layers = model.model.language_model.layers
     for layer in layers:
@@ -236,6 +252,7 @@ def forward_prompts(model, prompts, features):
         past_key_values=cache,
         features=features,
         logits_to_keep=1,
+        head=head,
         **images,
     )
     return cache.layers, out.logits, next_position
@@ -618,13 +635,13 @@ class DecodeKV(DynamicLayer):
 
         by_kv_head = (query * scaling).view(rows, kv_heads, heads // kv_heads, head_dim)
         queries = places.to_slots(by_kv_head)  # (B, K, width, H/K, D)
-        far = queries.flatten(2, 3) @ prompt_keys.mT  # (B, K, width H/K, L)
+        far = float32_product(queries.flatten(2, 3), prompt_keys.mT)  # (B, K, width H/K, L)
         far = far.view(*queries.shape[:4], prompt_length)  # (B, K, width, H/K, L)
         if places.padding is not None:
-            far = far + places.padding
-        scores = torch.cat([far, queries @ own_keys.mT], -1)  # (B, K, width, H/K, L + t)
-        at_least_float32 = torch.promote_types(query.dtype, torch.float32)
-        weights = scores.softmax(-1, at_least_float32).to(query.dtype)
+            far += places.padding
+        near = float32_product(queries, own_keys.mT)  # (B, K, width, H/K, t)
+        scores = torch.cat([far, near], -1)  # (B, K, width, H/K, L + t)
+        weights = scores.softmax(-1).to(query.dtype)
         far = weights[..., :prompt_length].flatten(2, 3)  # (B, K, width H/K, L)
         near = weights[..., prompt_length:]  # (B, K, width, H/K, t)
         out = (far @ prompt_values).view_as(queries) + near @ own_values
@@ -635,6 +652,20 @@ class DecodeKV(DynamicLayer):
         if len(prompts_left) < len(self.prompt[0]):
             self.prompt = [states[prompts_left] for states in self.prompt]
         self.own = [places.to_slots(states[prompt, :, slot]).contiguous() for states in self.own]
+
+
+def float32_product(a, b):
+    """a @ b, its numbers in float32 where those of a and b are bf16 (float64 stays float64).
+
+    Scores that are rounded to bf16 are off by up to 0.4 %, and so is what is sampled; the kernels
+    that score the sample keep float32.
+    """
+    if a.dtype != torch.bfloat16:
+        return a @ b
+    if not a.is_cuda:
+        return a.float() @ b.float()
+    product = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+    return product.view(*a.shape[:-1], b.shape[-1])
 
 
 class Places:

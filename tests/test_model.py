@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import data
-from engine import checkpoint, distributed, shared_prefix
+from engine import checkpoint, distributed, head, shared_prefix
 from engine.checkpoint import load_model
 from engine.shared_prefix import rollout, token_logprobs
 from model import (
@@ -751,38 +751,61 @@ def test_T28_scoring_runs_as_many_passes_for_responses_of_one_token(
     assert not logprobs[mask == 0].any() and not entropy[mask == 0].any()
 
 
-def test_scoring_holds_one_tensor_as_wide_as_the_vocabulary(tokenizer, samples, banned):
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("rows_at_once", [3, 100])
+def test_the_head_in_slices_scores_as_a_log_softmax_does(rows_at_once, with_entropy, monkeypatch):
+    rows, width, vocabulary, per_row, temperature = 11, 8, 40, 3, 0.7
+    monkeypatch.setattr(head, "SLICE", rows_at_once * vocabulary)
+    monkeypatch.setattr(head, "PIECE", 2 * vocabulary)
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, width, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=torch.float64, requires_grad=True)
+    banned = torch.tensor([3, 17])
+    tokens = torch.randint(18, vocabulary, (rows, per_row))
+    tokens[:, 1] = tokens[:, 0]  # two responses that begin alike
+    slope = torch.randn(rows, per_row, dtype=torch.float64)
+
+    def plain():
+        logits = (hidden @ weight.T / temperature).index_fill(-1, banned, -math.inf)
+        scores = logits.log_softmax(-1)
+        entropy = -(scores.exp() * scores.clamp_min(-1e9)).sum(-1)
+        return scores.gather(1, tokens), entropy * with_entropy
+
+    def sliced():
+        return head.score_tokens(hidden, weight, tokens, banned, temperature, with_entropy)
+
+    for got, wanted in zip(sliced(), plain()):
+        torch.testing.assert_close(got, wanted)
+    of_both = []
+    for function in (sliced, plain):
+        of_both.append(torch.autograd.grad((function()[0] * slope).sum(), (hidden, weight)))
+    for got, wanted in zip(*of_both):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_scoring_holds_a_slice_of_rows_as_wide_as_the_vocabulary(
+    tokenizer, samples, banned, monkeypatch
+):
     model = make_model(tokenizer, 0, torch.float32)
     tokens, mask, _ = responses(tokenizer, 0, 2 * len(samples), 9)
-    weight, width, largest = model.lm_head.weight, model.config.text_config.vocab_size, {}
+    width = model.config.text_config.vocab_size
+    monkeypatch.setattr(head, "SLICE", 8 * width)
+    rows = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
-            wide = (
-                isinstance(out, torch.Tensor)
-                and out.shape[-1:] == (width,)
-                and out.shape[0] != weight.shape[1]
-            )
-            if wide and out.numel() > len(mask) * 2 * width:
-                largest[out.untyped_storage().data_ptr()] = out.shape
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (width,) and out.dim() == 2:
+                weight = out.shape[0] == model.lm_head.weight.shape[1]  # its transpose
+                rows.append(0 if weight else out.shape[0])
             return out
 
-    shared_prefix.slices, slices = (
-        lambda logits: [slice(i, i + 8) for i in range(0, len(logits), 8)],
-        shared_prefix.slices,
-    )
-    try:
-        with Watch():
-            logprobs, _ = token_logprobs(
-                model, data.collate(samples, tokenizer), None, tokens, mask, banned
-            )
-            logprobs.sum().backward()
-    finally:
-        shared_prefix.slices = slices
-    assert list(largest.values()) == [
-        (int(mask[:, 1:].sum()), width)
-    ]  # logits, then their gradient
+    with Watch():
+        logprobs, _ = token_logprobs(
+            model, data.collate(samples, tokenizer), None, tokens, mask, banned
+        )
+        logprobs.sum().backward()
+    assert max(rows) == 8 < int(mask.sum())
 
 
 def test_T26_entropy_of_uniform_logits_is_the_log_of_the_number_of_allowed_tokens(
