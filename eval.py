@@ -497,7 +497,7 @@ def evaluate(settings, rows):
     rows = on_paths(rows, settings.path)
     if not rows:
         raise UserError("nothing to answer: no question asked for")
-    model = distributed.shard(model, device)
+    model = distributed.shard(distributed.freeze(model, device), device)
     results = answer(model, tokenizer, processor, rows, device, settings)
     table = make_table(results)
     show_table((settings.model, table))

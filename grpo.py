@@ -30,7 +30,6 @@ Differences from the authors' release (the method is SR-REAL, arXiv 2606.17539):
 Dimensions: B prompts, G responses per prompt, N = B G, T response tokens.
 """
 
-import copy
 import itertools
 import math
 import os
@@ -212,15 +211,15 @@ def set_up(settings, model, tokenizer, processor, rows, device):
         settings.lr = default_lr(model, settings)
     reference = None
     if settings.kl > 0 and not settings.lora:
-        frozen = distributed.freeze(copy.deepcopy(model), device)
-        reference = distributed.shard(frozen, device).eval()
+        shapes = distributed.freeze(distributed.shapes_of(model), device)
+        reference = distributed.shard(shapes, device, source=model).eval()
         # Also the weights that are gathered at the root: no backward pass would free them.
         reference.set_reshard_after_forward(True)
     if settings.lora:
         add_adapters(distributed.freeze(model, device), settings.lora, settings.seed)
     elif not settings.train_vision:
         for part in (model.model.visual, model.point_embed, model.region_proj):
-            part.requires_grad_(False)
+            distributed.freeze(part, device)
     samples = [data.encode(rows[i], tokenizer, processor, train=False) for i in range(8)]
     longest_prompt = max(len(sample["prompt"]) for sample in samples)
     plan.check(model, settings, device, longest_prompt)
@@ -643,7 +642,8 @@ def evaluate_start(settings, model, tokenizer, processor, questions, device):
         results = eval.read_json(file)
         if len(results) == len(questions):
             return results
-    model = distributed.shard(copy.deepcopy(model), device)  # a copy that is not kept
+    shapes = distributed.freeze(distributed.shapes_of(model), device)
+    model = distributed.shard(shapes, device, source=model)  # a copy that is not kept
     asked = eval.Settings(max_new_tokens=settings.max_new_tokens)
     results = eval.answer(model, tokenizer, processor, questions, device, asked, title="cold start")
     eval.write_json(file, results)

@@ -30,6 +30,7 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     DynamicCache,
+    GenerationConfig,
     Qwen2VLImageProcessorPil,
     Qwen3VLForConditionalGeneration,
 )
@@ -151,10 +152,11 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
             nn.init.zeros_(module.bias)
 
     @classmethod
-    def load(cls, name):
+    def load(cls, name, shapes_only=False):
         """A Qwen3-VL, stock or with regions, by hub name or folder -> model, tokenizer, processor.
 
-        The model is in float32. OSError, ValueError or RuntimeError where it cannot be loaded.
+        The model is in float32; shapes_only: on the meta device, no weights are read. OSError,
+        ValueError or RuntimeError where it cannot be loaded.
         """
         if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
             raise ValueError(
@@ -171,6 +173,14 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
         ):  # a stock checkpoint: its embedding has spare rows
             tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)
             config.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
+        if shapes_only:
+            with torch.device("meta"):
+                model = cls(config)
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(name)
+            except OSError:  # it has none
+                pass
+            return model, tokenizer, processor
         model, report = cls.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True
         )

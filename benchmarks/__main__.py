@@ -605,7 +605,7 @@ def ask_model(settings, file):
         "weights": fingerprint(model),
         "max_new_tokens": settings.max_new_tokens,
     }
-    model = distributed.shard(model, device)
+    model = distributed.shard(distributed.freeze(model, device), device)
     return answer(model, tokenizer, processor, rows, device, settings, file, about)
 
 
@@ -628,9 +628,9 @@ def fingerprint(model):
     """Checksum of the small weights (norms, biases): another training, another number."""
     crc = 0
     for weight in model.parameters():
-        if weight.ndim == 1:
+        if weight.ndim == 1 and distributed.rank() == 0:  # where they were read
             crc = zlib.crc32(weight.detach().cpu().numpy().tobytes(), crc)
-    return crc
+    return distributed.gather([crc])[0]
 
 
 def answer(model, tokenizer, processor, rows, device, settings, file, about):

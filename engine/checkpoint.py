@@ -66,12 +66,20 @@ FREE = (
 
 
 def load_model(name):
-    """--model -> model (float32), tokenizer, processor. UserError if it can't be loaded."""
+    """--model -> model (float32), tokenizer, processor. UserError if it can't be loaded.
+
+    Rank 0 reads the weights, so that a node holds them once; distributed.shard sends them. On the
+    other ranks the model is mere shapes, on the meta device.
+    """
+    loaded = None
+    problem = ""
     try:
-        return RegionVLM.load(name)
+        loaded = RegionVLM.load(name, shapes_only=distributed.rank() > 0)
     # It may not be there, be cut off, or be a model of another kind.
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"--model {name}: {str(error).splitlines()[0]}") from None
+        problem = f"--model {name}: {str(error).splitlines()[0]}"
+    distributed.stop_together(problem)
+    return loaded
 
 
 def save_model(model, tokenizer, processor, out):

@@ -6,6 +6,7 @@ float32 reduction of gradients.
 """
 
 import contextlib
+import copy
 import datetime
 import os
 import random
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import (
 from transformers import logging as hf_logging
 
 import model as model_file
+from engine.lora import has_adapters
 from formats.errors import UserError
 
 TIMEOUT = 1800  # seconds that a rank waits for the others in a collective
@@ -89,6 +91,8 @@ def most(value):
 
 def gather(rows):
     """Concatenate each rank's list, in rank order, on every rank."""
+    if world_size() == 1:
+        return list(rows)
     of_ranks = [None] * world_size()
     dist.all_gather_object(of_ranks, rows)
     return [row for rows in of_ranks for row in rows]
@@ -106,6 +110,11 @@ def together(what):
     except (OSError, SafetensorError, ImportError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         problem = f"{what} ({reason})"
+    stop_together(problem)
+
+
+def stop_together(problem):
+    """UserError on all ranks if one of them has a problem, a line; called on all of them."""
     problems = [problem for problem in gather([problem]) if problem]
     if problems:
         raise UserError(problems[0] if rank() == 0 else "")  # one rank tells it
@@ -124,8 +133,16 @@ def use_attention(model, name):
     say(f"attention: {'SDPA' if chosen == 'sdpa' else 'flash-attn'}")
 
 
-def shard(model, device, checkpointing=False):
-    """FSDP2 over all ranks: each large layer is gathered by itself, all the rest at once."""
+def shard(model, device, checkpointing=False, source=None):
+    """FSDP2 over all ranks, in place: each large layer is gathered by itself, all the rest at once.
+
+    The weights are those of rank 0, which sends them one by one: the other ranks' models may be
+    mere shapes, on the meta device. source: another model of the same shapes, whose weights are
+    copied; default: those of `model` itself, which are freed on the way.
+
+    What is frozen is not sharded where each rank holds it whole anyway: all of it with adapters,
+    whose rollouts gather it, and on a single rank. Else it would be there twice.
+    """
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     mesh = init_device_mesh(device.type, (world_size(),))
@@ -133,17 +150,65 @@ def shard(model, device, checkpointing=False):
     if device.type == "cuda":
         # Inputs are not cast: the rotary angles stay float32.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    for layer in [*model.model.visual.blocks, *model.model.language_model.layers]:
-        if sum(p.numel() for p in layer.parameters()) > LARGE_LAYER:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-    model = fully_shard(model.to(device), mesh=mesh, mp_policy=policy)
+    whole_where_frozen = world_size() == 1 or has_adapters(model)
+    sources = {}  # parameter of the model -> where its weights come from
+    for parameter, weights in zip(model.parameters(), (source or model).parameters(), strict=True):
+        sources[parameter] = weights
+    for unit in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
+        is_root = unit is model
+        if not is_root and sum(p.numel() for p in unit.parameters()) <= LARGE_LAYER:
+            continue
+        take_weights(unit, sources, device, copy=source is not None)
+        whole = set()
+        if whole_where_frozen:
+            whole = {p for p in unit.parameters() if not p.requires_grad}
+        if is_root or whole != set(unit.parameters()):
+            fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = from_rank_0(buffer, device)
     register_fsdp_forward_method(model, "encode_images")  # rollout calls it by itself
     return model
 
 
+def take_weights(unit, sources, device, copy):
+    """Give the parameters of a unit the weights of `sources`, on this device; some may be done."""
+    taken = {}  # parameter -> its successor, which tied layers share
+    for module in unit.modules():
+        for name, parameter in module._parameters.items():
+            if parameter in sources:
+                weights = from_rank_0(sources.pop(parameter), device, parameter.dtype, copy)
+                taken[parameter] = torch.nn.Parameter(weights, parameter.requires_grad)
+            if parameter in taken:
+                module._parameters[name] = taken[parameter]
+
+
+def from_rank_0(tensor, device, dtype=None, copy=False):
+    """A tensor of rank 0 on all ranks; elsewhere only its shape and dtype count."""
+    dtype = dtype or tensor.dtype
+    if rank() == 0:
+        tensor = tensor.detach().to(device, dtype, copy=copy).contiguous()
+    else:
+        tensor = torch.empty(tensor.shape, dtype=dtype, device=device)
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
+def shapes_of(model):
+    """A copy of a model without its weights: parameters on the meta device, for `shard`."""
+    memo = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = torch.nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
 def freeze(model, device):
-    """Train nothing of the model. On CUDA its weights become bf16, which computes with bf16
-    anyway."""
+    """Train nothing of the model, or of a part of one.
+
+    On CUDA its weights become bf16, which computes with bf16 anyway.
+    """
     for parameter in model.requires_grad_(False).parameters():  # not the buffers
         if device.type == "cuda":
             parameter.data = parameter.data.bfloat16()

@@ -43,6 +43,10 @@ def add_adapters(model, rank, seed):
     return model
 
 
+def has_adapters(model):
+    return any(isinstance(module, LoRALinear) for module in model.modules())
+
+
 @contextlib.contextmanager
 def adapters_off(model):
     """Inside, the model is as it was before its adapters. Nothing happens to a model without

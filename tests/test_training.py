@@ -688,7 +688,7 @@ def test_without_lr_a_large_model_learns_at_the_rates_of_the_paper(
     class Sharding(Exception):
         pass
 
-    def stop(*args):
+    def stop(*args, **kwargs):
         raise Sharding
 
     monkeypatch.setattr(distributed, "is_large", lambda model: large)

@@ -459,8 +459,8 @@ def ours_turn(settings, samples, tokenizer, device, meter, banned, stop_ids):
     model = make_model(settings, tokenizer, device)
     reference = None
     if settings.kl:
-        frozen = copy.deepcopy(model).requires_grad_(False)
-        reference = distributed.shard(frozen, device).eval()
+        shapes = distributed.shapes_of(model).requires_grad_(False)
+        reference = distributed.shard(shapes, device, source=model).eval()
     model = distributed.shard(model, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)

@@ -125,6 +125,7 @@ def add_streams():
     torch.cuda.current_stream = lambda device=None: the_stream
     torch.cuda.stream = contextlib.nullcontext
     torch.cuda.current_device = lambda: 0
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)  # of a Hopper card
     torch.cuda.is_initialized = lambda: True
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.mem_get_info = lambda device=None: (1e12, 1e12)
