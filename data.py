@@ -6,8 +6,8 @@ optional depth maps and intrinsics, a question, a target, coloured marks, region
 without is on LOR (language-only reasoning). Marks are drawn on the pictures for both paths; only
 DTR questions carry `<mask>` placeholders, one per region.
 
-In this order: the prompts; `encode` (instance -> tensors) and `collate` (-> batch); the score of a
-response; the sources; `Blend`, which interleaves them.
+In this order: the prompts; `encode` (instance -> tensors), `collate` (-> batch) and `load_ahead`;
+the score of a response; the sources; `Blend`, which interleaves them.
 
 Differences from the authors' release (the method is SR-REAL, arXiv 2606.17539):
 1. A bad row is an error that names file, row and field; --skip_bad_rows counts and lists them.
@@ -22,6 +22,7 @@ Dimensions: B prompts, L tokens, R regions, P patches, H x W pixels.
 import math
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -57,6 +58,7 @@ from model import (
     IMAGE_START,
     POINT_DIM,
     encode_points,
+    mrope_positions,
     point_map,
     region_weights,
     to_patches,
@@ -92,7 +94,7 @@ CHAT = "<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n"
 def encode(row, tokenizer, processor, train):
     """One instance -> a dict of tensors and token lists; train: with its target.
 
-    prompt, target: lists of token ids; pixel_values, image_grid_thw: what the image processor
+    prompt, target: lists of token ids; position_ids (3, L) of both; pixel_values, image_grid_thw: what the image processor
     makes; points (P, POINT_DIM), NaN without depth; regions (R, P), a row of weights per `<mask>`,
     0 over the patches of other images. P counts the patches of all images of the row. BadRow if it
     can't be.
@@ -119,9 +121,13 @@ def encode(row, tokenizer, processor, train):
     target = turns(row)[1]
     with_template = not train or rewards.extract_answer(target) is not None
     pads = [IMAGE_START + IMAGE_PAD * (count // merge_size**2) + IMAGE_END for count in patches]
+    prompt = tokenizer(prompt_text(row, with_template, pads))["input_ids"]
+    target = tokenizer(target + tokenizer.eos_token)["input_ids"] if train else []
+    is_image = torch.tensor(prompt + target) == tokenizer.convert_tokens_to_ids(IMAGE_PAD)
     return {
-        "prompt": tokenizer(prompt_text(row, with_template, pads))["input_ids"],
-        "target": tokenizer(target + tokenizer.eos_token)["input_ids"] if train else [],
+        "prompt": prompt,
+        "target": target,
+        "position_ids": mrope_positions(is_image, grids, merge_size),
         "pixel_values": vision["pixel_values"],
         "image_grid_thw": vision["image_grid_thw"],
         "points": points,
@@ -194,8 +200,8 @@ def collate(samples, tokenizer):
 
     With targets (SFT) rows are prompt + target, padded on the right; without (rollout) they are
     prompts, padded on the left. All (B, L): input_ids, attention_mask, mm_token_type_ids (1 = image
-    token), loss_mask (1 = target, up to and including its end of turn). regions (R, P) over all
-    images.
+    token), loss_mask (1 = target, up to and including its end of turn). position_ids (3, B, L), 0
+    where padded. regions (R, P) over all images.
     """
     rows = [sample["prompt"] + sample["target"] for sample in samples]
     length = max(map(len, rows))
@@ -203,17 +209,20 @@ def collate(samples, tokenizer):
     ids = torch.full((len(rows), length), tokenizer.pad_token_id)
     attention_mask = torch.zeros_like(ids)
     loss_mask = torch.zeros_like(ids)
+    position_ids = ids.new_zeros(3, *ids.shape)
     for i, (row, sample) in enumerate(zip(rows, samples)):
         start = length - len(row) if pad_left else 0
         end = start + len(row)
         ids[i, start:end] = torch.tensor(row)
         attention_mask[i, start:end] = 1
+        position_ids[:, i, start:end] = sample["position_ids"]
         loss_mask[i, start + len(sample["prompt"]) : end] = 1
     is_image = ids == tokenizer.convert_tokens_to_ids(IMAGE_PAD)
     return {
         "input_ids": ids,
         "attention_mask": attention_mask,
         "loss_mask": loss_mask,
+        "position_ids": position_ids,
         "mm_token_type_ids": is_image.long(),
         "pixel_values": torch.cat([sample["pixel_values"] for sample in samples]),
         "image_grid_thw": torch.cat([sample["image_grid_thw"] for sample in samples]),
@@ -223,7 +232,46 @@ def collate(samples, tokenizer):
 
 
 def to(batch, device):
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+class EncodedRows(torch.utils.data.Dataset):
+    """Positions of rows or of a blend -> (row, encoded sample)."""
+
+    def __init__(self, rows, tokenizer, processor, train):
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.train = train
+
+    def __getitem__(self, position):
+        row = self.rows[position]
+        return row, encode(row, self.tokenizer, self.processor, self.train)
+
+
+def load_ahead(rows, positions, workers=0, ahead=1):
+    """(row, encoded sample) of each of these positions, one after the other.
+
+    rows: EncodedRows; positions: any iterable, without an end if need be; workers: processes that
+    encode about `ahead` rows ahead while this one trains (0: none, each row when it is asked for).
+    """
+    return iter(
+        torch.utils.data.DataLoader(
+            rows,
+            sampler=positions,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=math.ceil(ahead / workers) if workers else None,
+            worker_init_fn=leave_signals_alone,
+            generator=torch.Generator(),  # else it would take a number from everybody's
+        )
+    )
+
+
+def leave_signals_alone(worker):
+    """In a loader process: Ctrl-C is for the program, which ends its loaders itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ----------------------------------------------------------------------------------------------

@@ -112,6 +112,7 @@ class Settings:
         "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed",
         ("auto", "sdpa", "flash"),
     )
+    workers: int = setting(-1, "loader processes per rank; -1: 4 on CUDA, else none")
     # keeping and telling
     questions: int = setting(
         -1,
@@ -277,6 +278,12 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
         mininterval=2,
     )
     local = settings.prompts // distributed.world_size()  # prompts per rank
+    loaded = data.load_ahead(
+        data.EncodedRows(rows, tokenizer, processor, train=False),
+        positions_of_rank(position, settings.prompts),
+        distributed.loader_workers(settings.workers, device),
+        ahead=local,
+    )
     for step in bar:
         # Sample, score, filter; again in up to --rounds rounds, to replace groups that were
         # dropped.
@@ -284,8 +291,8 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
         kept = []
         with distributed.gathered(learner.model):
             for _ in range(settings.rounds):
-                start = position + distributed.rank() * local
-                prompts = [rows[i] for i in range(start, start + local)]
+                watch.lap("data")
+                prompts = list(itertools.islice(loaded, local))
                 position += settings.prompts
                 groups = sample_groups(learner, prompts, settings, reward_function)
                 sampled += groups
@@ -295,11 +302,12 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
         # Advantages; also of groups that were dropped, since one may stand in as a filler.
         for group in sampled:
             group["advantages"] = group_advantages(group["rewards"][None])[0]  # (G,)
-        # Update.
+        # Update. Ranks keep different numbers of groups: evened out, or all would wait for one.
         watch.lap("update")
         learner.model.train()
         updates = []
-        for groups in mini_batches(kept, settings.minibatches):
+        mine = distributed.even_out(kept, device)
+        for groups in mini_batches(mine, settings.minibatches):
             stats = optimizer_step(learner, groups, sampled[0], settings, keeper.finite)
             if stats is not None:
                 updates.append(stats)
@@ -311,12 +319,22 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
     return learner.model
 
 
+def positions_of_rank(first, prompts):
+    """Positions of this rank's rows, for as many rounds as may come, of so many prompts each."""
+    local = prompts // distributed.world_size()
+    for round_start in itertools.count(first, prompts):
+        start = round_start + distributed.rank() * local
+        yield from range(start, start + local)
+
+
 # ----------------------------------------------------------------------------------------------
 # sample, score, filter
 
 
 def sample_groups(learner, rows, settings, reward_function):
-    """Roll out and score some rows -> a list with one group, a dict, per row:
+    """Roll out and score some rows -> a list with one group, a dict, per row.
+
+    rows: [(row, encoded sample)]. A group holds:
 
     row, sample: the instance, as it is and encoded; features: of its images;
     tokens, mask, old_logprobs (G, T); texts: the G responses; cut: how many of them did not end;
@@ -344,7 +362,7 @@ def sample_groups(learner, rows, settings, reward_function):
 
 def rollout_groups(learner, rows, settings):
     """Sample G responses to each row -> groups without rewards; see `sample_groups`."""
-    samples = [data.encode(row, learner.tokenizer, learner.processor, train=False) for row in rows]
+    samples = [sample for _, sample in rows]
     prompts = data.to(data.collate(samples, learner.tokenizer), learner.device)
     tokens, mask, old_logprobs, features = rollout(
         learner.model,
@@ -360,7 +378,7 @@ def rollout_groups(learner, rows, settings):
     texts, ended = decode(learner.tokenizer, tokens, mask, stop)
     features_of = split_features(features, prompts["input_ids"], learner.model.config)
     groups = []
-    for i, (row, sample) in enumerate(zip(rows, samples)):
+    for i, (row, sample) in enumerate(rows):
         mine = slice(i * settings.group_size, (i + 1) * settings.group_size)
         groups.append(
             {

@@ -108,6 +108,36 @@ def region_weights(masks, grid, merge_size):
     return weights / weights.sum(1, keepdim=True)
 
 
+def mrope_positions(is_image, grids, merge_size):
+    """M-RoPE positions of a row of tokens: time, height and width, as Qwen3-VL numbers them.
+
+    A text token has three equal numbers, one more than the largest before it. The tokens of an
+    image lie on its grid: all at the same time, height and width counted from where it begins.
+    is_image (L,), 1 = image token; grids: (rows, columns) of patches of each image -> (3, L).
+    (arXiv 2502.13923; equal to get_rope_index of transformers, which takes its numbers from the
+    GPU one by one.)
+    """
+    positions = torch.zeros(3, len(is_image), dtype=torch.long)
+    start = 0  # the next token
+    number = 0  # the next position
+    for rows, columns in grids:
+        rows, columns = rows // merge_size, columns // merge_size
+        before = int(is_image[start:].long().argmax())  # text tokens in front of the image
+        positions[:, start : start + before] = torch.arange(number, number + before)
+        start += before
+        number += before
+        end = start + rows * columns
+        if not is_image[start:end].all():
+            raise ValueError(f"{rows * columns} image tokens are not where the text has them")
+        positions[0, start:end] = number
+        positions[1, start:end] = number + torch.arange(rows).repeat_interleave(columns)
+        positions[2, start:end] = number + torch.arange(columns).repeat(rows)
+        start = end
+        number += max(rows, columns)
+    positions[:, start:] = number + torch.arange(len(is_image) - start)
+    return positions
+
+
 # ----------------------------------------------------------------------------------------------
 # the patch of the stock model
 

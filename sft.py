@@ -21,10 +21,10 @@ Dimensions: B rows of a micro-batch, L tokens, V vocabulary.
 
 import math
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
@@ -87,7 +87,7 @@ class Settings:
         "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed",
         ("auto", "sdpa", "flash"),
     )
-    workers: int = setting(0, "loader processes per rank")
+    workers: int = setting(-1, "loader processes per rank; -1: 4 on CUDA, else none")
     # keeping and telling
     save_every: int = setting(
         100, "steps between checkpoints, and one at the end; 0: only when stopped by a signal"
@@ -154,33 +154,12 @@ def learning_rate(settings, step, steps):
 # data
 
 
-class EncodedRows(torch.utils.data.Dataset):
-    """Positions of a blend -> encoded samples."""
-
-    def __init__(self, blend, tokenizer, processor):
-        self.blend = blend
-        self.tokenizer = tokenizer
-        self.processor = processor
-
-    def __getitem__(self, position):
-        row = self.blend[position]
-        sample = data.encode(row, self.tokenizer, self.processor, train=True)
-        return {"id": row.get("id", row["source"]), **sample}
-
-
-def make_loader(settings, blend, tokenizer, processor, position, steps):
-    """This rank's samples of the next steps, a list per step; position: where the blend goes on."""
+def positions_of_rank(settings, first, steps):
+    """Positions in the blend of this rank's rows, for so many steps; first: where they begin."""
     local = settings.batch // distributed.world_size()
-    first = position + distributed.rank() * local
-    starts = range(first, position + steps * settings.batch, settings.batch)
-    positions = [start + i for start in starts for i in range(local)]
-    return DataLoader(
-        EncodedRows(blend, tokenizer, processor),
-        batch_size=local,
-        sampler=positions,
-        collate_fn=list,
-        num_workers=settings.workers,
-    )
+    for step in range(steps):
+        start = first + step * settings.batch + distributed.rank() * local
+        yield from range(start, start + local)
 
 
 def sources_of(settings, side):
@@ -218,9 +197,15 @@ def fit(settings, model, tokenizer, processor, sources, steps, device, keeper, t
         fused=True,
     )
     first_step, position = keeper.begin(title, steps, optimizer)  # 0, 0 unless resumed
-    loader = make_loader(settings, blend, tokenizer, processor, position, steps - first_step)
+    local = settings.batch // distributed.world_size()
+    loaded = data.load_ahead(
+        data.EncodedRows(blend, tokenizer, processor, train=True),
+        positions_of_rank(settings, position, steps - first_step),
+        distributed.loader_workers(settings.workers, device),
+        ahead=2 * local,
+    )
     bar = tqdm(
-        loader,
+        range(first_step, steps),
         desc=title,
         initial=first_step,
         total=steps,
@@ -228,12 +213,14 @@ def fit(settings, model, tokenizer, processor, sources, steps, device, keeper, t
         mininterval=2,
     )
     model.train()
-    for step, samples in enumerate(bar, first_step):
+    for step in bar:
+        watch.lap("data")
+        rows = list(islice(loaded, local))
         watch.lap("update")
         lr = learning_rate(settings, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss, norm, tokens, losses = gradients(model, samples, tokenizer, settings, device)
+        loss, norm, tokens, losses = gradients(model, rows, tokenizer, settings, device)
         if keeper.finite(loss, norm, losses):  # else this step is left out
             optimizer.step()
         optimizer.zero_grad()
@@ -243,15 +230,15 @@ def fit(settings, model, tokenizer, processor, sources, steps, device, keeper, t
         )
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         keeper.after(step + 1, position)
-        watch.lap("data")
 
 
-def gradients(model, samples, tokenizer, settings, device):
+def gradients(model, rows, tokenizer, settings, device):
     """The gradients of the mean loss over the target tokens of all ranks, in micro-batches.
 
-    -> loss, norm of the gradient, target tokens, all of all ranks; [(id, loss of the pass that held
+    rows: [(row, encoded sample)] of this rank -> loss, norm of the gradient, target tokens, all of all ranks; [(id, loss of the pass that held
     it)] of this rank's rows.
     """
+    samples = [{"id": row.get("id", row["source"]), **sample} for row, sample in rows]
     micro = micro_batches(samples, settings.micro_tokens)
     batches = [data.to(data.collate(part, tokenizer), device) for part in micro]
     # The denominator first, over the whole global batch.

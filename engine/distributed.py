@@ -69,6 +69,16 @@ def setup(seed):
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
+def loader_workers(workers, device):
+    """--workers: loader processes of this rank; -1: enough that a GPU needs not wait for them.
+
+    A picture takes one core a quarter of a second.
+    """
+    if workers >= 0:
+        return workers
+    return 4 if device.type == "cuda" else 0
+
+
 def say(*words):
     """Print on rank 0."""
     if rank() == 0:
@@ -96,6 +106,47 @@ def gather(rows):
     of_ranks = [None] * world_size()
     dist.all_gather_object(of_ranks, rows)
     return [row for rows in of_ranks for row in rows]
+
+
+def even_out(items, device):
+    """Items of the ranks, shared out evenly: as many on each rank, give or take one.
+
+    items: this rank's list of dicts and lists of tensors and other values. A rank that has too many
+    sends its last ones; what arrives stands at the end, its tensors on this device.
+    """
+    items = list(items)
+    for giver, taker in moves_to_even(gather([len(items)])):
+        if rank() == giver:
+            dist.send_object_list([moved_to(items.pop(), torch.device("cpu"))], taker)
+        elif rank() == taker:
+            arrived = [None]
+            dist.recv_object_list(arrived, giver)
+            items.append(moved_to(arrived[0], device))
+    return items
+
+
+def moves_to_even(counts):
+    """Items of each rank -> the fewest moves [(from, to)] that make them even."""
+    least, more = divmod(sum(counts), len(counts))
+    fullest_first = sorted(range(len(counts)), key=lambda rank: -counts[rank])
+    givers = []
+    takers = []
+    for place, rank in enumerate(fullest_first):
+        surplus = counts[rank] - least - (place < more)
+        givers += [rank] * surplus
+        takers += [rank] * -surplus
+    return list(zip(givers, takers, strict=True))
+
+
+def moved_to(value, device):
+    """A value with all its tensors, in dicts and lists, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: moved_to(one, device) for key, one in value.items()}
+    if isinstance(value, list):
+        return [moved_to(one, device) for one in value]
+    return value
 
 
 @contextlib.contextmanager

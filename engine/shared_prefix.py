@@ -131,7 +131,14 @@ def token_logprobs(model, prompts, features, tokens, mask, banned, temperature=1
         )
 
     later_logprobs, later_entropy = forward_responses(
-        model, prompts, layers, next_position, tokens[:, :steps], mask[:, :steps], wanted, score_next
+        model,
+        prompts,
+        layers,
+        next_position,
+        tokens[:, :steps],
+        mask[:, :steps],
+        wanted,
+        score_next,
     )
     first_entropy = first_entropy.repeat_interleave(group)
     logprobs = join_scores(first_logprobs.flatten(), later_logprobs[:, 0], wanted)
@@ -235,12 +242,8 @@ def forward_prompts(model, prompts, features, head=None):
         layer._can_checkpoint_with_cache = True
     last_token_only(layers[-1])
     cache = PromptCache(len(layers))
-    positions, next_position = model.positions(
-        prompts["input_ids"],
-        prompts["attention_mask"],
-        prompts["mm_token_type_ids"],
-        prompts["image_grid_thw"],
-    )
+    positions = prompts["position_ids"]  # (3, B, L)
+    next_position = positions.amax((0, 2))[:, None] + 1  # (B, 1)
     images = {}
     if features is None:
         for name in ("pixel_values", "image_grid_thw", "points", "regions"):

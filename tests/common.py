@@ -38,6 +38,13 @@ def make_learner(
     )
 
 
+def encoded(rows, tokenizer, processor):
+    """[(row, encoded sample)] as data.load_ahead yields them for a rollout."""
+    import data
+
+    return [(row, data.encode(row, tokenizer, processor, train=False)) for row in rows]
+
+
 def with_advantages(groups):
     """Groups with the advantages of their rewards, as the loop of grpo.py gives them."""
     import grpo

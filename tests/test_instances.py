@@ -10,6 +10,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import collections
 import io
+import itertools
 import json
 import random
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import REALDATA, make_learner, needs_real, with_advantages
+from common import REALDATA, encoded, make_learner, needs_real, with_advantages
 from PIL import Image
 from test_model import NEVER, gradients, make_model, make_processor, make_tokenizer, one_by_one
 
@@ -341,6 +342,7 @@ def test_T13_rollout_features_and_gradients_of_several_images_equal_a_plain_forw
     )
     generator = torch.Generator().manual_seed(0)
     learner = make_learner(model, tokenizer, make_processor(), (stop, banned), generator)
+    rows = encoded(rows, tokenizer, learner.processor)
     groups = with_advantages(grpo.sample_groups(learner, rows, settings, grpo.whole_reward))
     assert [len(g["features"]["merged"]) for g in groups] == [3, 1, 2]
     model.train()
@@ -632,14 +634,26 @@ def test_rows_are_checked_on_use_and_skipped_ones_counted_and_listed(write, caps
         data.file_source(write([{**GOOD, "image": "b.png"}] * 3), skip_bad_rows=True)
 
 
+def test_loader_processes_change_neither_order_nor_content(write, tokenizer):
+    rows = files.Rows(write([{**GOOD, "id": str(i)} for i in range(7)]))
+    dataset = data.EncodedRows(rows, tokenizer, make_processor(), train=True)
+    positions = [5, 0, 6, 2, 2, 1]
+    alone = list(data.load_ahead(dataset, positions))
+    ahead = list(data.load_ahead(dataset, positions, workers=2, ahead=3))
+    assert [row["id"] for row, _ in alone] == [str(position) for position in positions]
+    for (row, sample), (same_row, same_sample) in zip(alone, ahead, strict=True):
+        assert row == same_row
+        for key, value in sample.items():
+            assert np.array_equal(value, same_sample[key], equal_nan=key == "points")
+    without_end = data.load_ahead(dataset, itertools.cycle([3, 4]), workers=1, ahead=2)
+    assert [next(without_end)[0]["id"] for _ in range(5)] == ["3", "4", "3", "4", "3"]
+
+
 def test_a_bad_row_that_a_loader_process_meets_is_one_line(write, tokenizer):
     rows = files.Rows(write([GOOD] * 3 + [{**GOOD, "image": "b.png"}]))
-    dataset = sft.EncodedRows(rows, tokenizer, make_processor())
-    loader = torch.utils.data.DataLoader(
-        dataset, sampler=[0, 1, 2, 3], num_workers=1, collate_fn=list
-    )
+    dataset = data.EncodedRows(rows, tokenizer, make_processor(), train=True)
     with pytest.raises(BadRow) as error:
-        list(loader)
+        list(data.load_ahead(dataset, [0, 1, 2, 3], workers=1))
     assert "\n" not in str(error.value) and "row 3: field 'image'" in str(error.value)
 
 

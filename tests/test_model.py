@@ -39,6 +39,7 @@ from model import (
     RegionVLM,
     decode,
     join_features,
+    mrope_positions,
     point_map,
     region_weights,
     split_features,
@@ -198,7 +199,9 @@ def exact(tokenizer):
 
 def stock_inputs(batch):
     return {
-        key: value for key, value in batch.items() if key not in ("loss_mask", "points", "regions")
+        key: value
+        for key, value in batch.items()
+        if key not in ("loss_mask", "position_ids", "points", "regions")
     }
 
 
@@ -206,6 +209,7 @@ def full_logits(model, sample, response, tokenizer):
     """Logits (T + 1, V) that predict the response and one token more: one sequence, one pass, no cache, no padding."""
     inputs = data.collate([{**sample, "target": []}], tokenizer)
     inputs.pop("loss_mask")
+    inputs.pop("position_ids")  # the stock model numbers them itself
     inputs["input_ids"] = torch.tensor([sample["prompt"] + list(map(int, response))])
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, len(response)))
@@ -749,6 +753,27 @@ def test_T28_scoring_runs_as_many_passes_for_responses_of_one_token(
         expected, _ = one_by_one(model, sample, tokens[n, : mask[n].sum()], tokenizer, banned)
         torch.testing.assert_close(logprobs[n][mask[n].bool()], expected, rtol=0, atol=1e-9)
     assert not logprobs[mask == 0].any() and not entropy[mask == 0].any()
+
+
+def test_positions_are_those_of_the_stock_model(tokenizer):
+    model, random = make_model(tokenizer), np.random.default_rng(0)
+    merge = model.config.vision_config.spatial_merge_size
+    pad, text = model.config.image_token_id, 100
+    for _ in range(50):
+        ids, grids = [], []
+        for _ in range(random.integers(0, 4)):  # images, with no or some text in front
+            rows, columns = random.integers(1, 6, size=2).tolist()
+            grids.append((rows * merge, columns * merge))
+            # Between two images there always is the mark of an image's start.
+            ids += [text] * int(random.integers(1, 5)) + [pad] * (rows * columns)
+        ids += [text] * int(random.integers(1, 9))
+        is_image = torch.tensor(ids) == pad
+        grid = torch.tensor([(1, *grid) for grid in grids]) if grids else None
+        row = torch.tensor([ids])
+        stock, after = model.positions(row, torch.ones_like(row), is_image[None].long(), grid)
+        ours = mrope_positions(is_image, grids, merge)
+        assert torch.equal(ours, stock[:, 0])
+        assert int(ours.max()) + 1 == int(after)
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])

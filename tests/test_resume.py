@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from common import make_learner, with_advantages
+from common import encoded, make_learner, with_advantages
 from test_model import ROWS, make_config, make_model, make_processor, make_tokenizer
 from tqdm import tqdm
 
@@ -677,7 +677,8 @@ def test_LoRA_kl_is_that_of_a_separate_copy(tokenizer, tmp_path):
             policy, tokenizer, make_processor(), rules, reference=policy, optimizer=optimizer
         )
         with distributed.gathered(policy):
-            groups = grpo.sample_groups(learner, ROWS, settings, grpo.whole_reward)
+            rows = encoded(ROWS, tokenizer, learner.processor)
+            groups = grpo.sample_groups(learner, rows, settings, grpo.whole_reward)
         groups = with_advantages(groups)
         policy.train()
         own = grpo.optimizer_step(learner, groups, groups[0], settings)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from common import make_learner, with_advantages
+from common import encoded, make_learner, with_advantages
 from test_model import (
     NEVER,
     ROWS,
@@ -315,7 +315,8 @@ def sample(model, tokenizer, the_rules, generator):
     """grpo.sample_groups of all rows."""
     learner = make_learner(model, tokenizer, make_processor(), the_rules, generator)
     with distributed.gathered(model):
-        return grpo.sample_groups(learner, ROWS, BASE, grpo.whole_reward)
+        rows = encoded(ROWS, tokenizer, learner.processor)
+        return grpo.sample_groups(learner, rows, BASE, grpo.whole_reward)
 
 
 def make_groups(tokenizer):
@@ -887,3 +888,52 @@ def test_T24_ranks_sample_differently_and_T22_T28_train_together_on_unequal_grou
     )
     assert all(line["first_ratio"] == pytest.approx(1, abs=1e-6) for line in lines)
     assert all(line["first_mismatch"] <= line["first_mismatch_max"] < 1e-5 for line in lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# groups, shared out evenly
+
+
+@pytest.mark.parametrize(
+    "counts, even",
+    [
+        ([5, 1], [3, 3]),
+        ([0, 7], [3, 4]),
+        ([4, 4, 4], [4, 4, 4]),
+        ([9, 0, 0, 1], [3, 2, 2, 3]),
+        ([2, 1], [2, 1]),
+        ([1, 2], [1, 2]),
+        ([0, 0], [0, 0]),
+    ],
+)
+def test_ranks_get_as_many_groups_by_the_fewest_moves(counts, even):
+    moves = distributed.moves_to_even(counts)
+    after = list(counts)
+    for giver, taker in moves:
+        after[giver] -= 1
+        after[taker] += 1
+    assert sorted(after) == sorted(even) and max(after) - min(after) <= 1
+    assert len(moves) == sum(max(0, a - b) for a, b in zip(counts, after))
+
+
+def even_worker(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/even", rank=rank, world_size=3)
+    own = [3, 0, 1][rank]
+    items = [
+        {"name": (rank, i), "features": {"levels": [torch.full((2,), rank + i / 10)], "none": None}}
+        for i in range(own)
+    ]
+    torch.save(distributed.even_out(items, CPU), f"{folder}/even{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_groups_arrive_whole_on_other_ranks(tmp_path):
+    torch.multiprocessing.spawn(even_worker, args=(str(tmp_path),), nprocs=3)
+    ranks = [torch.load(tmp_path / f"even{rank}.pt", weights_only=False) for rank in range(3)]
+    assert [[item["name"] for item in items] for items in ranks] == [
+        [(0, 0), (0, 1)],
+        [(0, 2)],
+        [(2, 0)],
+    ]
+    (moved,) = ranks[1]
+    assert torch.equal(moved["features"]["levels"][0], torch.full((2,), 0.2))

@@ -134,11 +134,19 @@ def name_kinds(card):
         (FSDPParamGroup, "wait_for_unshard", "gathered weights"),
         (FSDPParamGroup, "post_backward", "gradients"),
         (torch.optim.AdamW, "step", "optimizer"),
-        (distributed, "shard", "weights"),
         (model_file.RegionVLM, "encode_images", "features"),
         (shared_prefix.DecodeCache, "__init__", "KV cache"),
     ):
         card.tag(owner, name, kind)
+    shard = distributed.shard
+
+    def tagged_shard(*args, source=None, **kwargs):
+        card.kind = "weights" if source is None else "reference"
+        sharded = shard(*args, source=source, **kwargs)
+        card.kind = "activations"
+        return sharded
+
+    distributed.shard = tagged_shard
 
 
 def stand_ins(card, settings, rows, tokenizer, processor):
@@ -160,6 +168,7 @@ def stand_ins(card, settings, rows, tokenizer, processor):
 
     data.collate = fake_batch
     data.encode = lambda row, tokenizer, processor, train: dict(encoded[row["source"], train])
+    distributed.even_out = lambda items, device: items
 
     scores = iter(range(10**9))
 
@@ -261,6 +270,7 @@ def dry_run(settings):
         "checkpointing": settings.checkpointing,
         "micro_tokens": settings.micro_tokens,
         "save_every": 0,
+        "workers": 0,
     }
     with card:
         model = bench.make_model(of_bench, tokenizer, CPU).requires_grad_(True)
