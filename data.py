@@ -215,7 +215,7 @@ def collate(samples, tokenizer):
         end = start + len(row)
         ids[i, start:end] = torch.tensor(row)
         attention_mask[i, start:end] = 1
-        position_ids[:, i, start:end] = sample["position_ids"]
+        position_ids[:, i, start:end] = sample["position_ids"][:, : len(row)]
         loss_mask[i, start + len(sample["prompt"]) : end] = 1
     is_image = ids == tokenizer.convert_tokens_to_ids(IMAGE_PAD)
     return {
@@ -231,8 +231,13 @@ def collate(samples, tokenizer):
     }
 
 
+# What RegionVLM.encode_images takes; a picture takes 14 MB.
+PICTURES = ("pixel_values", "image_grid_thw", "points", "regions")
+
+
 def to(batch, device):
-    return {key: value.to(device) for key, value in batch.items()}
+    """A batch on a device. Pictures stay on the CPU: encode_images fetches them when it runs."""
+    return {key: value if key in PICTURES else value.to(device) for key, value in batch.items()}
 
 
 class EncodedRows(torch.utils.data.Dataset):

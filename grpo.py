@@ -222,8 +222,9 @@ def set_up(settings, model, tokenizer, processor, rows, device):
         for part in (model.model.visual, model.point_embed, model.region_proj):
             distributed.freeze(part, device)
     samples = [data.encode(rows[i], tokenizer, processor, train=False) for i in range(8)]
-    longest_prompt = max(len(sample["prompt"]) for sample in samples)
-    plan.check(model, settings, device, longest_prompt)
+    longest = max(samples, key=lambda sample: len(sample["prompt"]))
+    image_tokens = longest["prompt"].count(model.config.image_token_id)
+    plan.check(model, settings, device, len(longest["prompt"]), image_tokens)
     model = distributed.shard(model, device, settings.checkpointing)
     if settings.kl > 0 and settings.lora:
         reference = model  # without its adapters it is the cold start
@@ -439,7 +440,7 @@ def optimizer_step(learner, groups, filler, settings, finite=None):
             losses += [(group_name(group), stats["loss"].item()) for group in micro[i]]
             largest_mismatch = max(largest_mismatch, mismatch)
     trained = [p for p in learner.model.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip).full_tensor().item()
+    norm = distributed.clip_gradients(trained, settings.clip)
 
     names = ["loss", "ratio", "clipped", "mismatch", "entropy"]
     if learner.reference is not None:

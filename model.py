@@ -225,21 +225,25 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
     def encode_images(self, pixel_values, image_grid_thw, points=None, regions=None):
         """Vision tower, once per image -> features: all that the language model takes from images.
 
-        pixel_values: the patches of all images; image_grid_thw (images, 3).
+        pixel_values: the patches of all images; image_grid_thw (images, 3). On any device: they are
+        moved to the model's.
         -> {"merged": a list of (tokens, D) per image, "deepstack": such a list per level,
             "regions": (R, D) or None}
         """
         tower = self.model.visual
-        vision = tower(pixel_values.type(tower.dtype), grid_thw=image_grid_thw, return_dict=True)
+        sizes = (image_grid_thw.prod(-1) // tower.spatial_merge_unit).tolist()
+        grid = image_grid_thw.to(tower.device)
+        pixels = pixel_values.to(tower.device, tower.dtype)
+        vision = tower(pixels, grid_thw=grid, return_dict=True)
         patches = vision.last_hidden_state  # (P, vision width)
         merged = vision.pooler_output  # (image tokens, D)
         if points is not None:
-            patches = patches + self.point_embed(points)
+            patches = patches + self.point_embed(points.to(patches.device))
             merged = tower.merger(patches)
         region_tokens = None
         if regions is not None:
-            region_tokens = self.region_proj(regions.to(patches.dtype) @ patches)  # (R, D)
-        sizes = (image_grid_thw.prod(-1) // tower.spatial_merge_unit).tolist()
+            weights = regions.to(patches)
+            region_tokens = self.region_proj(weights @ patches)  # (R, D)
         return {
             "merged": list(merged.split(sizes)),
             "regions": region_tokens,
@@ -456,10 +460,16 @@ def choose_tokens(scores, temperature, generator):
     if temperature == 0:
         return scores.argmax(-1)
     # The inverse of the cumulative distribution at a random point: on a CPU this takes a sixth of
-    # the time of torch.multinomial.
-    mass = scores.to(torch.float64, copy=True).exp_().cumsum_(-1)  # (rows, V)
-    point = torch.rand(len(mass), 1, dtype=mass.dtype, device=mass.device, generator=generator)
-    return torch.searchsorted(mass, point * mass[:, -1:], right=True)[:, 0]
+    # the time of torch.multinomial. A few rows at a time, since it is in float64.
+    points = torch.rand(
+        len(scores), 1, dtype=torch.float64, device=scores.device, generator=generator
+    )
+    at_once = max(1, 2**23 // scores.shape[1])
+    chosen = []
+    for some, point in zip(scores.split(at_once), points.split(at_once)):
+        mass = some.to(torch.float64, copy=True).exp_().cumsum_(-1)  # (rows, V)
+        chosen.append(torch.searchsorted(mass, point * mass[:, -1:], right=True)[:, 0])
+    return torch.cat(chosen)
 
 
 def enough_have_ended(alive):

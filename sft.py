@@ -256,7 +256,7 @@ def gradients(model, rows, tokenizer, settings, device):
         loss_sum += loss.item()
         if is_real:
             losses += [(sample["id"], loss.item()) for sample in micro[i]]
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip).full_tensor().item()
+    norm = distributed.clip_gradients(model.parameters(), settings.clip)
     return distributed.total(loss_sum) / tokens, norm, tokens, losses
 
 

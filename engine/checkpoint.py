@@ -247,14 +247,14 @@ class Keeper:
                 continue
             parameter = trained[name]
             if kind == "weight":
-                parameter.detach().to_local().copy_(shard_of(key, files, parameter))
+                of_this_rank(parameter.detach()).copy_(shard_of(key, files, parameter))
             elif kind == "step":
                 # A number, the same on all ranks. Fused AdamW wants it beside the parameter.
                 step = files[0].get_tensor(key).to(parameter.device)
                 self.optimizer.state[parameter]["step"] = step
             else:
                 moment = torch.zeros_like(parameter)
-                moment.to_local().copy_(shard_of(key, files, parameter))
+                of_this_rank(moment).copy_(shard_of(key, files, parameter))
                 self.optimizer.state[parameter][kind] = moment
 
     def finite(self, loss, norm, rows):
@@ -346,9 +346,7 @@ class Keeper:
                 continue
             values = {"weight": parameter.detach(), **self.optimizer.state.get(parameter, {})}
             for kind, value in values.items():
-                if isinstance(value, DTensor):
-                    value = value.to_local()
-                tensors[f"{kind}:{name}"] = value.cpu().contiguous()
+                tensors[f"{kind}:{name}"] = of_this_rank(value).cpu().contiguous()
         return tensors
 
     def finish(self, folder, partial, step, position):
@@ -449,6 +447,11 @@ def sync(path):
         os.close(handle)
 
 
+def of_this_rank(tensor):
+    """The shard of a sharded tensor; of a single rank, all of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def shard_of(key, files, like):
     """This rank's shard of a tensor, from the files of the ranks that saved it.
 
@@ -458,6 +461,8 @@ def shard_of(key, files, like):
     if len(files) == distributed.world_size():
         return files[distributed.rank()].get_tensor(key)
     whole = torch.cat([file.get_tensor(key) for file in files]).to(like.device)
+    if not isinstance(like, DTensor):
+        return whole
     # src_data_rank None: each rank cuts its own copy, nothing is sent.
     cut = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
     return cut.to_local()

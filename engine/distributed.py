@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import DTensor
 from transformers import logging as hf_logging
 
 import model as model_file
@@ -191,8 +192,7 @@ def shard(model, device, checkpointing=False, source=None):
     mere shapes, on the meta device. source: another model of the same shapes, whose weights are
     copied; default: those of `model` itself, which are freed on the way.
 
-    What is frozen is not sharded where each rank holds it whole anyway: all of it with adapters,
-    whose rollouts gather it, and on a single rank. Else it would be there twice.
+    FSDP leaves alone what it would only hold twice: see `left_whole`.
     """
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -201,7 +201,6 @@ def shard(model, device, checkpointing=False, source=None):
     if device.type == "cuda":
         # Inputs are not cast: the rotary angles stay float32.
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    whole_where_frozen = world_size() == 1 or has_adapters(model)
     sources = {}  # parameter of the model -> where its weights come from
     for parameter, weights in zip(model.parameters(), (source or model).parameters(), strict=True):
         sources[parameter] = weights
@@ -210,9 +209,7 @@ def shard(model, device, checkpointing=False, source=None):
         if not is_root and sum(p.numel() for p in unit.parameters()) <= LARGE_LAYER:
             continue
         take_weights(unit, sources, device, copy=source is not None)
-        whole = set()
-        if whole_where_frozen:
-            whole = {p for p in unit.parameters() if not p.requires_grad}
+        whole = left_whole(model, unit.parameters(), world_size(), device.type == "cuda")
         if is_root or whole != set(unit.parameters()):
             fully_shard(unit, mesh=mesh, mp_policy=policy, ignored_params=whole)
     for module in model.modules():
@@ -221,6 +218,27 @@ def shard(model, device, checkpointing=False, source=None):
                 module._buffers[name] = from_rank_0(buffer, device)
     register_fsdp_forward_method(model, "encode_images")  # rollout calls it by itself
     return model
+
+
+def left_whole(model, parameters, world, cuda):
+    """Those of the parameters that every rank holds whole, and in which it computes, at all times.
+
+    That is all that is frozen if the model has adapters, since each rollout gathers it, or if there
+    is a single rank; and what a single rank trains, unless it computes in bf16 from float32
+    weights. (Adapters see to that themselves.)
+    """
+    adapted = has_adapters(model)
+    if world > 1 and not adapted:
+        return set()
+    if world == 1 and (adapted or not cuda):
+        return set(parameters)
+    return {p for p in parameters if not p.requires_grad}
+
+
+def clip_gradients(parameters, most):
+    """Clip the norm of the gradient over all ranks -> what it was, a number."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, most)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def take_weights(unit, sources, device, copy):

@@ -38,6 +38,7 @@ class HeadScores(torch.autograd.Function):
         entropy = logprobs.new_zeros(len(hidden))
         norm = logprobs.new_empty(len(hidden), 1)
         parts = slices(len(hidden), len(weight), SLICE)
+        ctx.logits = None
         for part in parts:
             logits = hidden[part] @ weight.T
             for piece in slices(len(logits), len(weight), PIECE):
@@ -49,8 +50,10 @@ class HeadScores(torch.autograd.Function):
                     probabilities = (scores - norm[rows]).exp()
                     finite = scores.clamp_min(torch.finfo(dtype).min)  # 0 x -inf would be NaN
                     entropy[rows] = norm[rows, 0] - (probabilities * finite).sum(-1)
+            if len(parts) == 1:  # few enough to be kept
+                ctx.logits = logits
+            del logits  # before those of the next slice are made
         ctx.save_for_backward(hidden, weight, tokens, banned, norm)
-        ctx.logits = logits if len(parts) == 1 else None  # few enough to be kept
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -73,7 +76,8 @@ class HeadScores(torch.autograd.Function):
             d_hidden[part] = logits @ weight
             if d_weight is not None:
                 d_weight.addmm_(logits.T, hidden[part])
-        ctx.logits = None
+            ctx.logits = None
+            del logits
         return d_hidden, d_weight, None, None, None, None
 
 

@@ -20,7 +20,10 @@ class LoRALinear(nn.Linear):
         y = super().forward(x)
         if not self.on:
             return y
-        return y + self.scale * (x @ self.lora_a.T @ self.lora_b.T)
+        # Adapters are float32, also where all else is bf16.
+        a = self.lora_a.to(x.dtype)
+        b = self.lora_b.to(x.dtype)
+        return y + self.scale * (x @ a.T @ b.T)
 
 
 def add_adapters(model, rank, seed):
@@ -34,7 +37,6 @@ def add_adapters(model, rank, seed):
         if type(layer) is not nn.Linear:
             continue
         bound = layer.in_features**-0.5
-        # Adapters are float32, also where the frozen weights are bf16.
         a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=generator)
         a = a.to(layer.weight.device)
         layer.__class__ = LoRALinear

@@ -5,37 +5,42 @@ to train them and four machines:
 
     python -m engine.plan
 
-Weights, gradients, Adam's moments and caches are counted exactly. Activations and logits are an
-estimate, which may be a third off.
+Weights, gradients, Adam's moments and caches are counted; activations follow from what a layer
+keeps. `python -m tools.dryrun` runs a step on fake CUDA and prints its own count beside this one,
+term by term. Not in it: what the CUDA context, NCCL and fragmentation take, 2 to 3 GB.
 """
 
 import copy
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from transformers import Qwen3VLConfig
 
-from engine import distributed
+from engine import distributed, head
 from engine.lora import add_adapters
 from engine.settings import parse, run_main
 from formats.errors import UserError
 from model import RegionVLM
 
 USABLE = 0.95  # share of a device's memory that a plan may fill
+CGROUPS = Path("/sys/fs/cgroup")
 
 # ----------------------------------------------------------------------------------------------
 # the check before the first step
 
 
-def check(model, settings, device, prompt=0):
-    """Print the plan of a run on this device; model, settings and prompt as `memory` takes them.
+def check(model, settings, device, prompt=0, image=0):
+    """Print the plan of a run on this device; the arguments but the device as `memory` takes them.
 
-    UserError if what a rank always holds is more than its device has; a warning if the peak is.
+    UserError if what a rank always holds is more than its device has; a warning if the peak is, or
+    if a checkpoint needs more of the computer's memory than there is.
     """
     world = distributed.world_size()
-    needed = memory(model, settings, world, device.type == "cuda", prompt)
+    cuda = device.type == "cuda"
+    needed = memory(model, settings, world, cuda, prompt, image)
     limit = available(device)
     gb = f"{peak(needed) / 1e9:.3g} of {limit / 1e9:.3g}"
     distributed.say(f"memory plan, GB a rank: {in_words(needed)}; peak {gb}")
@@ -47,6 +52,22 @@ def check(model, settings, device, prompt=0):
     if peak(needed) > USABLE * limit:
         tips = advice(needed, settings, limit, world)
         distributed.say(f"this will probably not fit; try {tips}")
+    if cuda:
+        check_host(model, settings)
+
+
+def check_host(model, settings):
+    """Print what rank 0's node needs of the computer's own memory."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    needed = host_memory(model, ranks_here, distributed.world_size())
+    limit = room_in_memory()
+    parts = ", ".join(f"{name} {value / 1e9:.3g}" for name, value in needed.items())
+    distributed.say(f"memory plan of the computer, GB: {parts}; of {limit / 1e9:.3g}")
+    if needed["while saving"] > USABLE * limit:
+        distributed.say(
+            "a checkpoint will probably not fit into the computer's memory: "
+            "--save_every 0 writes the model alone, at the end"
+        )
 
 
 def available(device):
@@ -54,11 +75,33 @@ def available(device):
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info()
         return total
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return room_in_memory() / ranks_here
+
+
+def room_in_memory():
+    """Bytes that are left of the computer's memory, or of the share that a container may use."""
     with open("/proc/meminfo") as file:
         lines = dict(line.split(":") for line in file)
-    kilobytes = int(lines["MemAvailable"].split()[0])
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return kilobytes * 1024 / ranks_here
+    room = int(lines["MemAvailable"].split()[0]) * 1024
+    return min([room, *cgroup_room(CGROUPS)])
+
+
+def cgroup_room(root):
+    """Bytes that are left under the limit of the control group, version 2 or 1; [] without one."""
+    for folder, limit, used in (
+        (root, "memory.max", "memory.current"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            most = int((folder / limit).read_text())
+            now = int((folder / used).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):  # no such group, or "max": no limit
+            continue
+        cached = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+        return [most - now + cached]  # cached files give way
+    return []
 
 
 def in_words(needed):
@@ -86,7 +129,8 @@ def advice(needed, settings, limit, world):
             tips.append("--lora 16")
         if needed["always"]["reference"] > 0:
             tips.append("--kl 0")
-        tips.append(f"more processes than {world}")
+        if not (grpo and settings.lora):  # adapters leave nothing to be sharded
+            tips.append(f"more processes than {world}")
     if always + update > USABLE * limit:
         if not settings.checkpointing:
             tips.append("--checkpointing")
@@ -102,20 +146,21 @@ def advice(needed, settings, limit, world):
 # the count
 
 
-def memory(model, settings, world, cuda, prompt=0):
+def memory(model, settings, world, cuda, prompt=0, image=0):
     """Bytes on each rank, by when and for what: {"always": {..}, "rollout": {..}, "update": {..}}.
 
     model: not yet sharded, what is not trained already frozen; settings: of sft.py or grpo.py;
-    world: number of ranks; prompt: tokens of a prompt of GRPO.
+    world: number of ranks; prompt: tokens of a prompt of GRPO; image: of these, tokens of images.
+    A phase has several moments at which its memory may peak: given is the highest one.
     """
-    compute = 2 if cuda else 4  # bytes of a number in a forward pass: bf16 or float32
+    size = Size(model, world, cuda)
     rollout = {}
     if is_grpo(settings):
-        rollout = rollout_memory(model, settings, world, compute, prompt)
+        rollout = highest(rollout_moments(size, settings, prompt, image))
     return {
-        "always": constant_memory(model, settings, world, compute),
+        "always": constant_memory(size, settings),
         "rollout": rollout,
-        "update": update_memory(model, settings, compute, prompt),
+        "update": highest(update_moments(size, settings, prompt, image)),
     }
 
 
@@ -127,40 +172,107 @@ def peak(needed):
     return always + max(rollout, update)
 
 
+def highest(moments):
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def host_memory(model, ranks_here, world):
+    """Bytes of the computer's own memory on the node of rank 0: {"while loading", "while saving"}.
+
+    Rank 0 reads the weights in float32 and sends them; a checkpoint is gathered on the CPU, whole
+    on rank 0 and each rank's shards of the trained weights and their two moments.
+    """
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shards = 12 * trained * ranks_here / world
+    whole = sum(p.numel() * p.element_size() for p in model.parameters())
+    return {"while loading": 4 * total, "while saving": whole + shards}
+
+
 def is_grpo(settings):
     return hasattr(settings, "group_size")
 
 
-def constant_memory(model, settings, world, compute):
+class Size:
+    """How many parameters of a model are where: see distributed.shard."""
+
+    def __init__(self, model, world, cuda):
+        self.text = model.config.text_config
+        self.vision = model.config.vision_config
+        self.world = world
+        self.cuda = cuda
+        self.compute = 2 if cuda else 4  # bytes of a number in a forward pass: bf16 or float32
+        self.parameters = list(model.parameters())
+        self.whole = distributed.left_whole(model, self.parameters, world, cuda)
+        self.trained = sum(p.numel() for p in self.parameters if p.requires_grad)
+        self.total = sum(p.numel() for p in self.parameters)
+        self.large = distributed.is_large(model)
+        self.trains_head = model.lm_head.weight.requires_grad
+        self.trains_vision = any(p.requires_grad for p in model.model.visual.parameters())
+        self.tied = model.lm_head.weight is model.get_input_embeddings().weight
+        self.head = model.lm_head.weight.numel()
+        self.layer = 0  # sharded parameters of a layer that is gathered by itself
+        self.gathered = sum(p.numel() for p in self.parameters if p not in self.whole)
+        self.root = self.gathered  # of these, all that is gathered at once
+        for layer in [*model.model.visual.blocks, *model.model.language_model.layers]:
+            parameters = list(layer.parameters())
+            if sum(p.numel() for p in parameters) > distributed.LARGE_LAYER:
+                own = sum(p.numel() for p in parameters if p not in self.whole)
+                self.layer = max(self.layer, own)
+                self.root -= own
+
+
+def constant_memory(size, settings):
     """Bytes that a rank holds all the time."""
-    parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    # Small models also keep whole gradients on each rank: see distributed.sync_gradients.
-    whole_gradients = not distributed.is_large(model)
     reference = 0
     if is_grpo(settings) and settings.kl and not settings.lora:
-        reference = compute * total / world
+        reference = size.compute * size.total / size.world
+    weights = 0
+    for parameter in size.parameters:
+        ranks = 1 if parameter in size.whole else size.world
+        weights += parameter.numel() * parameter.element_size() / ranks
     return {
-        "weights": sum(p.numel() * p.element_size() for p in parameters) / world,
-        "gradients": 4 * trained * (1 / world + whole_gradients),
-        "optimizer": 8 * trained / world,
+        "weights": weights,
+        "optimizer": 8 * size.trained / size.world,
         "reference": reference,
     }
 
 
-def rollout_memory(model, settings, world, compute, prompt):
-    """Bytes that a rank holds while it samples the responses to its prompts."""
-    text = model.config.text_config
-    prompts = prompts_at_once(settings, world)
-    tokens = prompt + response_tokens(settings)  # the cache holds a prompt once for its whole group
-    keys_and_values = 2 * text.num_key_value_heads * text.head_dim * text.num_hidden_layers
-    logits = prompts * settings.group_size * text.vocab_size
-    return {
-        "whole weights": compute * sum(p.numel() for p in model.parameters()),
-        "KV cache": keys_and_values * compute * prompts * tokens,
-        "logits": 12 * logits,  # three float32 numbers each
+# Rollout.
+
+
+def rollout_moments(size, settings, prompt, image):
+    """Bytes that a rank holds while it samples responses: at three moments, one of which is the
+    highest."""
+    text = size.text
+    local = settings.prompts // size.world
+    prompts = prompts_at_once(settings, size.world)
+    responses = prompts * settings.group_size
+    everywhere = {
+        "gathered weights": size.compute * size.gathered,
+        "features": features(size, local * image),
     }
+    keys_and_values = 2 * text.num_key_value_heads * text.head_dim * text.num_hidden_layers
+    per_token = size.compute * keys_and_values
+    encoding = vision_forward(size, prompts * image)
+    width = 4 * text.hidden_size + 3 * text.intermediate_size
+    prefill = prompts * prompt * (per_token + size.compute * width)
+    own_tokens = responses * max(1, settings.max_new_tokens - 1)  # the last one is not run
+    earlier = features(size, (local - prompts) * image)
+    return [
+        {
+            **everywhere,
+            "features": earlier,
+            "activations": encoding + features(size, prompts * image),
+        },
+        {**everywhere, "activations": prefill},
+        {
+            **everywhere,
+            "KV cache": per_token * (prompts * prompt + own_tokens),
+            # The head's logits, in float32, and their log-probabilities.
+            "logits": responses * text.vocab_size * (size.compute + 4 + 4),
+        },
+    ]
 
 
 def prompts_at_once(settings, world):
@@ -168,68 +280,144 @@ def prompts_at_once(settings, world):
     return settings.rollout_prompts or settings.prompts // world
 
 
-def response_tokens(settings):
-    """Most tokens of all responses to one prompt."""
-    return settings.group_size * settings.max_new_tokens
+def features(size, image_tokens):
+    """Bytes of what the language model takes from images: of the last level and of the others."""
+    levels = 1 + len(size.vision.deepstack_visual_indexes)
+    return size.compute * image_tokens * levels * size.text.hidden_size
 
 
-def update_memory(model, settings, compute, prompt):
-    """Bytes that a rank holds at the height of one training pass."""
-    text = model.config.text_config
-    if is_grpo(settings):
-        responses = response_tokens(settings)
-        tokens = max(settings.micro_tokens, prompt + responses)  # a group is never cut
-        scored = tokens * responses / (prompt + responses)
-    else:
-        tokens = settings.micro_tokens
-        scored = tokens / 2  # about half the tokens are targets
-    per_token = text_activations(text, settings, compute)
-    if not is_grpo(settings) or settings.train_vision:
-        per_token += vision_activations(model.config.vision_config, settings, compute)
-    return {
-        "layers in use": compute * gathered_parameters(model),
-        "activations": tokens * per_token,
-        "logits": scored * text.vocab_size * (16 + 2 * compute),
-    }
+def vision_forward(size, image_tokens):
+    """Bytes of a forward pass of the vision tower, without what it leaves for a backward pass."""
+    patches = image_tokens * size.vision.spatial_merge_size**2
+    channels = 3 * size.vision.temporal_patch_size * size.vision.patch_size**2
+    pixels = channels * (4 + size.compute)  # as they come, and cast
+    return patches * (pixels + 18 * size.compute * size.vision.hidden_size)
 
 
-def gathered_parameters(model):
-    """Parameters that a rank holds whole at the same time.
+# Update.
 
-    Large layers are gathered one by one, the next while one is at work (distributed.shard); the
-    layers of a small model all at once.
+
+def update_moments(size, settings, prompt, image):
+    """Bytes that a rank holds in a training pass: at the moments one of which is the highest.
+
+    That is from the second pass of a step on, when the gradients of the first one are there.
     """
-    total = sum(p.numel() for p in model.parameters())
-    layers = model.model.language_model.layers
-    layer = sum(p.numel() for p in layers[0].parameters())
-    if layer <= distributed.LARGE_LAYER:
-        return total
-    rest = total - layer * len(layers)  # the root's unit and the vision side
-    return rest + 2 * layer
+    c = size.compute
+    prompts, responses = tokens_of_a_pass(settings, prompt)
+    tokens = prompts + responses
+    share = image / prompt if prompt else 0.5  # of the prompt that is images
+    sums = 4 * size.trained / size.world  # summed gradients, float32
+    waiting = 0 if size.large else c * size.trained  # see distributed.sync_gradients
+    images = (prompts if is_grpo(settings) else tokens) * share
+    if is_grpo(settings) and not settings.train_vision:
+        images = settings.prompts // size.world * image  # the features of all groups
+    base = {"features": features(size, images)}
+    of_head = size.head * size.trains_head
+    between = activations_between(size, settings, tokens)
+    if size.trains_vision:
+        between += vision_activations(size, settings, tokens * share)
+    scored = min(head.SLICE, responses * size.text.vocab_size)
+    at_the_head = {
+        **base,
+        "gathered weights": c * (size.root + size.layer),
+        "gradients": sums,
+        "whole gradients": waiting + c * of_head,
+        "activations": between,
+        "logits": c * scored + 3 * 4 * min(head.PIECE, scored),
+    }
+    in_a_layer = {
+        **base,
+        # The one at work, the next one, and a buffer from which it is filled.
+        "gathered weights": c * (size.root + min(3, size.text.num_hidden_layers) * size.layer),
+        "gradients": sums + 4 * size.layer * (1 + 1 / size.world),
+        "whole gradients": waiting + c * (of_head + size.layer / 2),
+        "activations": between + activations_inside(size, settings, prompts, responses),
+    }
+    # At the end all that is gathered at once is summed at once: copied to float32, then summed.
+    copying = {
+        **base,
+        "gradients": sums + 4 * size.root,
+        "whole gradients": waiting + c * size.root,
+    }
+    summing = {
+        **base,
+        "gradients": sums + 4 * size.root * (1 + 1 / size.world),
+        "whole gradients": waiting,
+    }
+    moments = [at_the_head, in_a_layer, copying, summing]
+    if size.tied and size.trains_head:  # the embedding gets its gradients from both ends
+        moments.append(
+            {
+                **base,
+                "gathered weights": c * size.root,
+                "gradients": sums + 4 * size.layer,
+                "whole gradients": waiting + 4 * c * size.head,
+            }
+        )
+    return moments
 
 
-def text_activations(text, settings, compute):
-    """Bytes that one token leaves in the language model for the backward pass."""
+def tokens_of_a_pass(settings, prompt):
+    """-> tokens of the prompts of a training pass, and of what follows them: of responses or
+    targets."""
+    if not is_grpo(settings):
+        return settings.micro_tokens / 2, settings.micro_tokens / 2  # about half are targets
+    responses = settings.group_size * settings.max_new_tokens
+    groups = max(1, settings.micro_tokens // (prompt + responses))  # a group is never cut
+    return groups * prompt, groups * responses
+
+
+def activations_between(size, settings, tokens):
+    """Bytes that tokens leave between the layers for the backward pass, or in all of them.
+
+    With checkpointing that is what goes from one layer to the next; and the prompts' keys and
+    values, which the responses attend to.
+    """
+    text = size.text
+    if not settings.checkpointing:
+        return tokens * text.num_hidden_layers * kept_by_a_layer(size)
+    return tokens * text.num_hidden_layers * size.compute * text.hidden_size
+
+
+def kept_by_a_layer(size):
+    """Bytes that one token leaves in one layer."""
+    text = size.text
     queries = text.num_attention_heads * text.head_dim
     keys = text.num_key_value_heads * text.head_dim
-    norm = 8 + compute  # of one number: a norm computes in float32
-    inner = 2 * text.hidden_size * (norm + compute)
-    inner += (queries + keys) * (norm + 2 * compute)
-    inner += 4 * text.intermediate_size * compute  # inside one layer
+    norm = 8 + size.compute  # of one number: a norm computes in float32
+    kept = 2 * text.hidden_size * (norm + size.compute)
+    kept += (queries + keys) * (norm + 2 * size.compute)
+    return kept + 4 * text.intermediate_size * size.compute
+
+
+def activations_inside(size, settings, prompts, responses):
+    """Bytes in the one layer whose backward pass runs, at the height of its MLP.
+
+    prompts, responses: tokens. With checkpointing the layer's own forward pass is run again.
+    """
+    text = size.text
     if not settings.checkpointing:
-        return text.num_hidden_layers * inner
-    between = text.hidden_size * compute  # from one layer to the next
-    return text.num_hidden_layers * between + inner  # one layer at a time is computed again
+        return responses * 4 * size.compute * text.intermediate_size  # gradients
+    queries = text.num_attention_heads * text.head_dim
+    keys = text.num_key_value_heads * text.head_dim
+    per_token = 8 * text.intermediate_size * size.compute  # kept, and their gradients
+    per_token += 4 * text.hidden_size * (size.compute + 2) + 4 * queries * size.compute
+    inside = responses * per_token
+    if is_grpo(settings):
+        # Keys and values of the prompts, in all layers; copies of them for each query head.
+        inside += prompts * text.num_hidden_layers * 2 * keys * size.compute
+        attended = settings.group_size * prompts + responses
+        inside += attended * 2 * queries * size.compute
+    return inside
 
 
-def vision_activations(vision, settings, compute):
-    """Bytes that one token leaves in the vision side; about half the tokens are of pictures."""
-    if settings.checkpointing:
-        patch = compute * vision.hidden_size
-    else:
-        patch = compute * (14 * vision.hidden_size + 2 * vision.intermediate_size)
-    patches = vision.spatial_merge_size**2  # per token of a picture
-    return vision.depth * patch * patches / 2
+def vision_activations(size, settings, image_tokens):
+    """Bytes that images leave in the vision side for the backward pass."""
+    vision = size.vision
+    per_patch = size.compute * vision.hidden_size
+    if not settings.checkpointing:
+        per_patch = size.compute * (14 * vision.hidden_size + 2 * vision.intermediate_size)
+    return vision.depth * per_patch * image_tokens * vision.spatial_merge_size**2
 
 
 # ----------------------------------------------------------------------------------------------

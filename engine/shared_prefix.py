@@ -605,7 +605,7 @@ class DecodeKV(DynamicLayer):
 
     prompt: [keys, values], each (B, K, L, D). own: [keys, values], each (B, K, width, tokens, D),
     with a slot for each of the `width` responses of a prompt (`Places`) and memory for all tokens
-    from the start, which is filled token by token.
+    that are run, from the start, which is filled token by token.
     """
 
     def __init__(self, prompt, group, max_new_tokens):
@@ -618,7 +618,8 @@ class DecodeKV(DynamicLayer):
         self.is_initialized = True
         self.length = 0  # tokens of a response up to now
         prompts, kv_heads, _, head_dim = prompt.keys.shape
-        shape = (prompts, kv_heads, group, max_new_tokens, head_dim)
+        steps = max(1, max_new_tokens - 1)  # the last token is sampled, but not run
+        shape = (prompts, kv_heads, group, steps, head_dim)
         self.own = [prompt.keys.new_zeros(shape) for _ in range(2)]
 
     def update(self, keys, values, *args, **kwargs):

@@ -134,11 +134,16 @@ def name_kinds(card):
         (FSDPParamGroup, "wait_for_unshard", "gathered weights"),
         (FSDPParamGroup, "post_backward", "gradients"),
         (torch.optim.AdamW, "step", "optimizer"),
-        (model_file.RegionVLM, "encode_images", "features"),
         (shared_prefix.DecodeCache, "__init__", "KV cache"),
     ):
         card.tag(owner, name, kind)
     shard = distributed.shard
+    encode_images = model_file.RegionVLM.encode_images
+
+    def tagged_encode_images(*args):
+        features = encode_images(*args)
+        card.relabel(features, "features")
+        return features
 
     def tagged_shard(*args, source=None, **kwargs):
         card.kind = "weights" if source is None else "reference"
@@ -147,6 +152,7 @@ def name_kinds(card):
         return sharded
 
     distributed.shard = tagged_shard
+    model_file.RegionVLM.encode_images = tagged_encode_images
 
 
 def stand_ins(card, settings, rows, tokenizer, processor):
@@ -199,14 +205,16 @@ def full_length(card, groups, settings):
 
 
 def run_grpo(card, settings, model, tokenizer, processor, rows, common):
-    """Four rollouts of three tokens each, and two optimizer steps of two groups of full length."""
+    """Two steps, each a rollout of three tokens and an optimizer step on two groups of full length.
+
+    The second step is that of a run that goes on: Adam's moments are there.
+    """
     sample_groups = grpo.sample_groups
     grpo.sample_groups = lambda *args: full_length(card, sample_groups(*args), settings)
-    # The second step is that of a run that goes on: Adam's moments are there.
-    grpo.mini_batches = lambda groups, count: [groups[:2]] * 2
+    grpo.mini_batches = lambda groups, count: [groups[:2]]
     of_grpo = grpo.Settings(
         **common,
-        steps=1,
+        steps=2,
         prompts=settings.prompts * settings.world,
         group_size=settings.group_size,
         kl=settings.kl,
@@ -243,12 +251,19 @@ def dry_run(settings):
     of_bench = bench.Settings(model_size=settings.size, image=settings.image)
     tokenizer, processor = bench.make_tools(of_bench)
     stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    draws = []
+    steps = 0
+    choose_tokens = shared_prefix.choose_tokens
+
+    def counted_choose_tokens(*args):
+        nonlocal steps
+        steps += 1
+        return choose_tokens(*args)
+
+    shared_prefix.choose_tokens = counted_choose_tokens
 
     def sampled(like):
-        """Sampled tokens: every third time the end of all responses."""
-        draws.append(like)
-        if len(draws) % 3 == 0:
+        """Sampled tokens: the third one ends all responses."""
+        if steps % 3 == 0:
             return torch.full(like.shape, stop)
         return torch.randint(20, 500, like.shape)
 

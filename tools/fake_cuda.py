@@ -268,6 +268,16 @@ class FakeCard(FakeTensorMode):
         self.resize(key, 0)
         del self.blocks[key]
 
+    def relabel(self, value, kind):
+        """From now on, the tensors in this value, in dicts and lists, are of this kind."""
+        for tensor in tree_leaves(value):
+            key = tensor.untyped_storage()._cdata if isinstance(tensor, FakeTensor) else None
+            if key in self.blocks:
+                size, _ = self.blocks[key]
+                self.resize(key, 0)
+                self.blocks[key] = 0, kind
+                self.resize(key, size)
+
     def restart_peak(self):
         self.peak = self.now
         self.at_peak = dict(self.by_kind)
