@@ -409,22 +409,42 @@ def join_features(prompts):
 
 def use_attention(model, name):
     """Choose the attention kernels: "sdpa" (torch's), "flash" (flash-attn) or "auto" (flash if it
-    can).
+    can be used).
 
-    flash needs CUDA of compute capability 8 or more. ValueError where it is asked for without.
-    -> the name that transformers uses for what was chosen
+    ValueError where flash is asked for and cannot be used.
+    -> the name that transformers uses for what was chosen; and a line that says why it is not
+       flash-attn where that is installed and "auto", else ""
     """
-    try:
-        from flash_attn import flash_attn_func  # noqa: F401  flash-attn-4 lacks this function
+    if name not in ("auto", "sdpa", "flash"):
+        raise ValueError("needs auto, sdpa or flash")
+    problem = ""
+    if name != "sdpa":
+        try:
+            take_flash(model)
+            return "flash_attention_2", ""
+        except (ImportError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            problem = f"flash-attn is installed but cannot be used: {reason}"
+            if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn":
+                problem = "" if name == "auto" else "flash-attn is not installed"
+    # After a refusal, too: a part of the model may have been set to flash-attn before it came.
+    model.set_attn_implementation("sdpa")
+    if name == "flash":
+        raise ValueError(problem)
+    return "sdpa", problem
 
-        has_flash = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    except ImportError:
-        has_flash = False
-    if name not in ("auto", "sdpa", "flash") or (name == "flash" and not has_flash):
-        raise ValueError("needs auto, sdpa, or flash with flash-attn and an Ampere or later GPU")
-    chosen = "flash_attention_2" if has_flash and name != "sdpa" else "sdpa"
-    model.set_attn_implementation(chosen)
-    return chosen
+
+def take_flash(model):
+    """Let a model attend by flash-attn. ImportError or ValueError, with the reason, if it cannot.
+
+    It needs CUDA of compute capability 8 or more. What else it needs, transformers knows: it
+    refuses an old version, for one.
+    """
+    from flash_attn import flash_attn_func  # noqa: F401  flash-attn-4 lacks this function
+
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        raise ValueError("it needs a GPU of compute capability 8 or more")
+    model.set_attn_implementation("flash_attention_2")
 
 
 # ----------------------------------------------------------------------------------------------

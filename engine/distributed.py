@@ -177,12 +177,13 @@ def stop_together(problem):
 
 
 def use_attention(model, name):
-    """--attention: choose the kernels (model.use_attention), and say which."""
+    """--attention: choose the kernels (model.use_attention), say which, and why not flash-attn."""
     try:
-        chosen = model_file.use_attention(model, name)
+        chosen, problem = model_file.use_attention(model, name)
     except ValueError as error:
         raise UserError(f"--attention {name}: {error}") from None
-    say(f"attention: {'SDPA' if chosen == 'sdpa' else 'flash-attn'}")
+    kernels = "SDPA" if chosen == "sdpa" else "flash-attn"
+    say(f"attention: {kernels} ({problem})" if problem else f"attention: {kernels}")
 
 
 def shard(model, device, checkpointing=False, source=None):

@@ -14,15 +14,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-import types
 
 import pytest
-import torch
 from common import ROOT
 
 import eval
 import grpo
-import model as model_file
 import rewards
 import sft
 from engine import distributed
@@ -246,28 +243,6 @@ def test_a_damaged_model_is_one_line_and_exit_code_2(harm, trained, monkeypatch,
     weights.write_bytes(weights.read_bytes()[:10000]) if harm == "cut off" else weights.unlink()
     code, lines = command_line(monkeypatch, capsys, eval, ["--model", tmp_path / "sft"])
     assert code == 2 and len(lines) == 1 and str(tmp_path / "sft") in lines[0]
-
-
-@pytest.mark.parametrize(
-    "has_function, capability, expected",
-    [(True, (8, 0), "flash_attention_2"), (True, (7, 5), "sdpa"), (False, (9, 0), "sdpa")],
-)
-def test_flash_attention_is_taken_where_it_is_whole_and_the_card_can(
-    has_function, capability, expected, monkeypatch
-):
-    package, chosen = (
-        types.ModuleType("flash_attn"),
-        [],
-    )  # flash-attn-4 has the package without the function
-    if has_function:
-        package.flash_attn_func = print
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    model = types.SimpleNamespace(set_attn_implementation=chosen.append)
-    for name in ("auto", "sdpa"):
-        model_file.use_attention(model, name)
-    assert chosen == [expected, "sdpa"]
 
 
 def test_unknown_flags_are_an_error(monkeypatch, capsys):
