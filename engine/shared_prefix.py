@@ -155,8 +155,7 @@ def forward_responses(model, prompts, layers, next_position, tokens, mask, wante
     group = len(tokens) // len(next_position)
     steps = torch.arange(tokens.shape[1], device=tokens.device)
     positions = next_position.repeat_interleave(group, 0) + steps  # (N, T)
-    recomputes = getattr(model.model.language_model, "gradient_checkpointing", False)
-    copies = tokens.is_cuda or recomputes
+    copies = takes_copies(model, tokens)
     cache = BranchCache(layers, group, prompts["attention_mask"], copies)
     inputs = {
         "position_ids": positions.expand(3, -1, -1),
@@ -171,6 +170,12 @@ def forward_responses(model, prompts, layers, next_position, tokens, mask, wante
         return model(tokens, attention_mask, **inputs).logits
     with sharing(model):
         return model(tokens, None, cache=cache, **inputs).logits
+
+
+def takes_copies(model, tokens):
+    """Are responses scored by stock attention, with copies of their prompts' keys? (BranchKV)"""
+    recomputes = getattr(model.model.language_model, "gradient_checkpointing", False)
+    return tokens.is_cuda or recomputes
 
 
 def backward_by_itself(layers, logprobs):

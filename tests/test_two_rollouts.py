@@ -46,13 +46,19 @@ def tokenizer():
     return make_tokenizer()
 
 
-@pytest.fixture(scope="module", params=["one image", "several images"])
+@pytest.fixture(scope="module", params=["one image", "several images", "no padding"])
 def prompts(request, tokenizer):
-    """Prompts of different lengths: left-padded; with 2, 0, 1, 3 regions, or with 3, 1, 2 images."""
-    rows = ROWS if request.param == "one image" else several_rows()
+    """Prompts of different lengths: left-padded; with 2, 0, 1, 3 regions, or with 3, 1, 2 images.
+
+    no padding: one prompt alone.
+    """
+    rows = several_rows() if request.param == "several images" else ROWS
+    if request.param == "no padding":
+        rows = rows[:1]
     samples = [data.encode(row, tokenizer, make_processor(), train=False) for row in rows]
-    assert len({len(sample["prompt"]) for sample in samples}) > 1
-    return data.collate(samples, tokenizer)
+    batch = data.collate(samples, tokenizer)
+    assert batch["attention_mask"].all() == (request.param == "no padding")
+    return batch
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +79,10 @@ def test_the_two_rollouts_sample_the_same(temperature, stop_ids, prompts, tokeni
     (tokens, mask, logprobs, features), other = results
     lengths = mask.sum(1).tolist()
     assert len(lengths) == GROUP * len(prompts["input_ids"])
-    assert set(lengths) == {LENGTH} if stop_ids is NEVER else len(set(lengths)) > 1
+    if stop_ids is NEVER:
+        assert set(lengths) == {LENGTH}
+    elif temperature > 0 or len(prompts["input_ids"]) > 1:  # else all responses are the same one
+        assert len(set(lengths)) > 1
     assert torch.equal(tokens, other[0]) and torch.equal(mask, other[1])
     torch.testing.assert_close(logprobs, other[2], rtol=0, atol=1e-6)
     for key in ("merged", "deepstack", "regions"):
@@ -81,14 +90,16 @@ def test_the_two_rollouts_sample_the_same(temperature, stop_ids, prompts, tokeni
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stop_ids", [NEVER, MANY_STOPS], ids=["cut off", "ragged"])
 @pytest.mark.parametrize("with_features", [True, False], ids=["frozen vision", "trained vision"])
 def test_the_two_scorers_give_the_same_gradients(
-    with_features, checkpointing, prompts, tokenizer, banned
+    with_features, stop_ids, checkpointing, prompts, tokenizer, banned
 ):
     model = make_model(tokenizer)
     tokens, mask, _, _ = plain.rollout(
-        model, prompts, GROUP, LENGTH, MANY_STOPS, banned, 1.0, torch.Generator().manual_seed(1)
+        model, prompts, GROUP, LENGTH, stop_ids, banned, 1.0, torch.Generator().manual_seed(1)
     )
+    assert mask.all() == (stop_ids is NEVER)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
