@@ -301,8 +301,7 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
                 if distributed.total(len(kept)) == settings.prompts:  # the same on every rank
                     break
         # Advantages; also of groups that were dropped, since one may stand in as a filler.
-        for group in sampled:
-            group["advantages"] = group_advantages(group["rewards"][None])[0]  # (G,)
+        add_advantages(sampled)
         # Update. Ranks keep different numbers of groups: evened out, or all would wait for one.
         watch.lap("update")
         learner.model.train()
@@ -315,6 +314,7 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
         # Log and keep.
         watch.report_step(step, sampled, kept, updates, keeper.log, bar, settings)
         keeper.after(step + 1, position)
+        del groups, mine, kept, sampled  # the features, before others are made
     keeper.close()
     save_model(learner.model, tokenizer, processor, settings.out)
     return learner.model
@@ -394,6 +394,11 @@ def rollout_groups(learner, rows, settings):
             }
         )
     return groups
+
+
+def add_advantages(groups):
+    for group in groups:
+        group["advantages"] = group_advantages(group["rewards"][None])[0]  # (G,)
 
 
 def keep_group(rewards, settings):

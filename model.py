@@ -484,7 +484,7 @@ def choose_tokens(scores, temperature, generator):
     points = torch.rand(
         len(scores), 1, dtype=torch.float64, device=scores.device, generator=generator
     )
-    at_once = max(1, 2**23 // scores.shape[1])
+    at_once = max(1, 2**22 // scores.shape[1])
     chosen = []
     for some, point in zip(scores.split(at_once), points.split(at_once)):
         mass = some.to(torch.float64, copy=True).exp_().cumsum_(-1)  # (rows, V)

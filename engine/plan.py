@@ -307,7 +307,8 @@ def update_moments(size, settings, prompt, image):
     tokens = prompts + responses
     share = image / prompt if prompt else 0.5  # of the prompt that is images
     sums = 4 * size.trained / size.world  # summed gradients, float32
-    waiting = 0 if size.large else c * size.trained  # see distributed.sync_gradients
+    if size.gathered and not size.large:  # whole ones, until the last pass of a step
+        sums += 4 * size.trained  # see distributed.sync_gradients
     images = (prompts if is_grpo(settings) else tokens) * share
     if is_grpo(settings) and not settings.train_vision:
         images = settings.prompts // size.world * image  # the features of all groups
@@ -321,28 +322,26 @@ def update_moments(size, settings, prompt, image):
         **base,
         "gathered weights": c * (size.root + size.layer),
         "gradients": sums,
-        "whole gradients": waiting + c * of_head,
+        "whole gradients": c * of_head,
         "activations": between,
         "logits": c * scored + 3 * 4 * min(head.PIECE, scored),
     }
     in_a_layer = {
         **base,
-        # The one at work, the next one, and a buffer from which it is filled.
-        "gathered weights": c * (size.root + min(3, size.text.num_hidden_layers) * size.layer),
+        "gathered weights": c * (size.root + 2 * size.layer),  # the one at work, and the next
         "gradients": sums + 4 * size.layer * (1 + 1 / size.world),
-        "whole gradients": waiting + c * (of_head + size.layer / 2),
+        "whole gradients": c * (of_head + size.layer / 2),
         "activations": between + activations_inside(size, settings, prompts, responses),
     }
     # At the end all that is gathered at once is summed at once: copied to float32, then summed.
     copying = {
         **base,
         "gradients": sums + 4 * size.root,
-        "whole gradients": waiting + c * size.root,
+        "whole gradients": c * size.root,
     }
     summing = {
         **base,
         "gradients": sums + 4 * size.root * (1 + 1 / size.world),
-        "whole gradients": waiting,
     }
     moments = [at_the_head, in_a_layer, copying, summing]
     if size.tied and size.trains_head:  # the embedding gets its gradients from both ends
@@ -351,7 +350,8 @@ def update_moments(size, settings, prompt, image):
                 **base,
                 "gathered weights": c * size.root,
                 "gradients": sums + 4 * size.layer,
-                "whole gradients": waiting + 4 * c * size.head,
+                "whole gradients": 4 * c * size.head,
+                "activations": 4 * c * tokens * size.text.hidden_size,
             }
         )
     return moments
@@ -402,7 +402,7 @@ def activations_inside(size, settings, prompts, responses):
     keys = text.num_key_value_heads * text.head_dim
     per_token = 8 * text.intermediate_size * size.compute  # kept, and their gradients
     per_token += 4 * text.hidden_size * (size.compute + 2) + 4 * queries * size.compute
-    inside = responses * per_token
+    inside = (responses if is_grpo(settings) else prompts + responses) * per_token
     if is_grpo(settings):
         # Keys and values of the prompts, in all layers; copies of them for each query head.
         inside += prompts * text.num_hidden_layers * 2 * keys * size.compute

@@ -25,6 +25,7 @@ V vocabulary, H query heads, K key-value heads, D width of a head.
 """
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -61,13 +62,12 @@ def rollout(
     # Responses that have ended are dropped from the batch now and then: `rows` of the N are left.
     rows = torch.arange(len(logits), device=logits.device)
     alive = torch.ones_like(rows, dtype=torch.bool)  # (rows,), 1 = has not ended yet
+    run_token = TokenStep(model, cache)
     # Inference mode takes less time per operation than no_grad. What is made in it can never take
     # part in training, as the features will: they are made outside.
     with torch.inference_mode(), sharing(model):
         for t in range(max_new_tokens):
-            scores = allowed_logits(logits, banned, temperature or 1.0).log_softmax(-1)  # (rows, V)
-            new = choose_tokens(scores, temperature, generator)  # (rows,)
-            chosen = scores.gather(1, new[:, None])[:, 0].float()
+            new, chosen = sample_tokens(logits, banned, temperature, generator)  # (rows,)
             tokens[rows, t] = new * alive
             mask[rows, t] = alive.long()
             logprobs[rows, t] = chosen * alive
@@ -82,18 +82,17 @@ def rollout(
                 new = new[alive]
                 position = position[alive]
                 alive = torch.ones_like(rows, dtype=torch.bool)
-            out = model(
-                new[:, None],
-                None,
-                position.expand(3, -1, -1),
-                past_key_values=cache,
-                text_only=True,
-                cache=cache,
-            )
-            logits = out.logits[:, -1]
+            logits = run_token(new, position)
             position = position + 1
     length = int(mask.sum(1).max())
     return tokens[:, :length], mask[:, :length], logprobs[:, :length], features
+
+
+def sample_tokens(logits, banned, temperature, generator):
+    """One token per row of logits (rows, V) -> tokens (rows,), their log-probabilities (rows,)."""
+    scores = allowed_logits(logits, banned, temperature or 1.0).log_softmax(-1)
+    tokens = choose_tokens(scores, temperature, generator)
+    return tokens, scores.gather(1, tokens[:, None])[:, 0].float()
 
 
 def token_logprobs(model, prompts, features, tokens, mask, banned, temperature=1.0):
@@ -387,8 +386,8 @@ class BranchCache(Cache):
         keys = layers[0].keys
         padding = padding_scores(attention_mask, keys.dtype)  # (B, L)
         if padding is not None:
-            padding = padding.repeat_interleave(keys.shape[1], 0)[:, None, None]  # (B K, 1, 1, L)
-        self.attend_with = padding  # for `attend`
+            padding = padding.repeat_interleave(keys.shape[1], 0)[:, None, None]
+        self.padding = padding  # (B K, 1, 1, L) or None, added to the far scores
 
 
 class BranchKV(DynamicLayer):
@@ -417,11 +416,8 @@ class BranchKV(DynamicLayer):
         copies = prompt[:, None].expand(-1, self.group, -1, -1, -1).flatten(0, 1)  # (N, K, L, D)
         return torch.cat([copies, own], 2)
 
-    def attend(self, padding, query, key, value, scaling):
-        """query (N, H, T, D), key and value (N, K, T, D) -> (N, T, H, D).
-
-        padding (B K, 1, 1, L): added to the far scores, or None.
-        """
+    def attend(self, cache, query, key, value, scaling):
+        """query (N, H, T, D), key and value (N, K, T, D) -> (N, T, H, D); cache: all layers'."""
         count, heads, length, head_dim = query.shape
         prompts, kv_heads = self.keys.shape[:2]
         out = BranchAttention.apply(
@@ -430,7 +426,7 @@ class BranchKV(DynamicLayer):
             self.by_prompt(value),
             self.keys.flatten(0, 1),  # (B K, L, D)
             self.values.flatten(0, 1),
-            padding,
+            cache.padding,
         )
         out = out.view(prompts, kv_heads, self.group, heads // kv_heads, length, head_dim)
         return out.permute(0, 2, 4, 1, 3, 5).reshape(count, length, heads, head_dim)
@@ -582,38 +578,71 @@ class DecodeCache(Cache):
     """The caches of all layers while responses are sampled, and where the rows stand in them.
 
     layers: of a PromptCache; attention_mask (B, L) of the prompts, 1 = token.
+
+    On CUDA the tensors of a token have the shapes of the token before, so that its kernels can be
+    recorded and replayed (TokenStep): it looks at the first `visible` places for own tokens, 64 or
+    128 or 256 .., and those that are not filled yet are hidden. Elsewhere it looks at those that
+    are filled.
     """
 
+    first_visible = 64
+
     def __init__(self, layers, group, max_new_tokens, attention_mask):
-        super().__init__(layers=[DecodeKV(layer, group, max_new_tokens) for layer in layers])
-        padding = padding_scores(attention_mask, layers[0].keys.dtype)  # (B, L)
+        steps = max(1, max_new_tokens - 1)  # the last token is sampled, but not run
+        super().__init__(layers=[DecodeKV(layer, group, steps) for layer in layers])
+        padding = padding_scores(attention_mask, torch.float32)  # (B, L)
         if padding is not None:
-            padding = padding[:, None, None, None]  # (B, 1, 1, 1, L)
-        prompts = torch.arange(len(attention_mask), device=attention_mask.device)
-        self.attend_with = Places(prompts.repeat_interleave(group), padding)  # for `attend`
+            padding = padding[:, None, None, None]
+        self.padding = padding  # (B, 1, 1, 1, L) or None, added to the far scores
+        device = attention_mask.device
+        self.fixed_shapes = takes_fixed_shapes(device)
+        self.places = Places(torch.arange(len(attention_mask), device=device), group)
+        self.length = 0  # tokens of a response up to now
+        self.step = torch.zeros(1, dtype=torch.long, device=device)  # where the next one is written
+        self.steps = torch.arange(steps, device=device)
+        self.visible = 0
+        self.hidden = None  # (visible,), 1 = not filled yet; None: all are
+        self.reshaped = True  # since the token before
+
+    def next_token(self):
+        """Before a token is run: where it is written, and what it sees."""
+        self.step.fill_(self.length)
+        self.length += 1
+        if not self.fixed_shapes:
+            self.visible = self.length
+            return
+        if self.length > self.visible:
+            self.visible = min(max(self.first_visible, 2 * self.visible), len(self.steps))
+            self.hidden = torch.empty(self.visible, dtype=torch.bool, device=self.step.device)
+            self.reshaped = True
+        torch.gt(self.steps[: self.visible], self.step, out=self.hidden)
 
     def keep_rows(self, alive):
         """Drop the responses that have ended; alive (rows,), 1 = goes on."""
-        prompt = self.attend_with.prompt[alive]
-        slot = self.attend_with.slot[alive]
+        prompt = self.places.prompt[alive]
+        slot = self.places.slot[alive]
         prompts_left, new_prompt = prompt.unique(return_inverse=True)
-        padding = self.attend_with.padding
-        if padding is not None:
-            padding = padding[prompts_left]
-        self.attend_with = Places(new_prompt, padding)
+        if self.padding is not None:
+            self.padding = self.padding[prompts_left]
+        self.places = Places(new_prompt)
         for layer in self.layers:
-            layer.keep_rows(prompts_left, prompt, slot, self.attend_with)
+            layer.keep_rows(prompts_left, prompt, slot, self.places)
+        self.reshaped = True
+
+
+def takes_fixed_shapes(device):
+    return device.type == "cuda"
 
 
 class DecodeKV(DynamicLayer):
     """A layer's keys and values: of the prompts, and of each response's own tokens up to now.
 
-    prompt: [keys, values], each (B, K, L, D). own: [keys, values], each (B, K, width, tokens, D),
+    prompt: [keys, values], each (B, K, L, D). own: [keys, values], each (B, K, width, steps, D),
     with a slot for each of the `width` responses of a prompt (`Places`) and memory for all tokens
     that are run, from the start, which is filled token by token.
     """
 
-    def __init__(self, prompt, group, max_new_tokens):
+    def __init__(self, prompt, group, steps):
         super().__init__()
         # As the layers leave them they are not contiguous, and every product, at each token, would
         # copy them. PromptKV gets the contiguous ones, too, so that there are not two.
@@ -621,34 +650,37 @@ class DecodeKV(DynamicLayer):
         prompt.keys, prompt.values = self.prompt
         self.keys, self.values = self.prompt  # where methods of transformers look for them
         self.is_initialized = True
-        self.length = 0  # tokens of a response up to now
         prompts, kv_heads, _, head_dim = prompt.keys.shape
-        steps = max(1, max_new_tokens - 1)  # the last token is sampled, but not run
         shape = (prompts, kv_heads, group, steps, head_dim)
         self.own = [prompt.keys.new_zeros(shape) for _ in range(2)]
 
     def update(self, keys, values, *args, **kwargs):
         return keys, values  # of one token (rows, K, 1, D); `attend` stores them
 
-    def attend(self, places, query, key, value, scaling):
-        """One token: query (rows, H, 1, D), key and value (rows, K, 1, D) -> (rows, 1, H, D)."""
+    def attend(self, cache, query, key, value, scaling):
+        """One token: query (rows, H, 1, D), key and value (rows, K, 1, D) -> (rows, 1, H, D).
+
+        cache: all layers', which knows where the rows and the token stand.
+        """
+        places = cache.places
         rows, heads, _, head_dim = query.shape
         prompt_keys, prompt_values = self.prompt
         kv_heads, prompt_length = prompt_keys.shape[1:3]
         own_keys, own_values = self.own
-        own_keys[..., self.length, :] = places.to_slots(key[:, :, 0])
-        own_values[..., self.length, :] = places.to_slots(value[:, :, 0])
-        self.length += 1
-        own_keys = own_keys[..., : self.length, :]  # (B, K, width, t, D), t = self.length
-        own_values = own_values[..., : self.length, :]
+        own_keys.index_copy_(3, cache.step, places.to_slots(key))
+        own_values.index_copy_(3, cache.step, places.to_slots(value))
+        own_keys = own_keys[..., : cache.visible, :]  # (B, K, width, t, D), t = visible
+        own_values = own_values[..., : cache.visible, :]
 
         by_kv_head = (query * scaling).view(rows, kv_heads, heads // kv_heads, head_dim)
         queries = places.to_slots(by_kv_head)  # (B, K, width, H/K, D)
         far = float32_product(queries.flatten(2, 3), prompt_keys.mT)  # (B, K, width H/K, L)
         far = far.view(*queries.shape[:4], prompt_length)  # (B, K, width, H/K, L)
-        if places.padding is not None:
-            far += places.padding
+        if cache.padding is not None:
+            far += cache.padding
         near = float32_product(queries, own_keys.mT)  # (B, K, width, H/K, t)
+        if cache.hidden is not None:
+            near.masked_fill_(cache.hidden, -torch.inf)
         scores = torch.cat([far, near], -1)  # (B, K, width, H/K, L + t)
         weights = scores.softmax(-1).to(query.dtype)
         far = weights[..., :prompt_length].flatten(2, 3)  # (B, K, width H/K, L)
@@ -684,13 +716,13 @@ class Places:
     responses to a prompt fill its slots from the front; where it has fewer, the last slots are
     empty: they are computed as well, from zeros, and no row reads them.
 
-    prompt (rows,): of each row, ascending; slot (rows,): of each row; padding (B, 1, 1, 1, L):
-    added to the far scores, or None.
+    prompt (rows,): of each row, ascending; slot (rows,): of each row. At the start each prompt has
+    `group` rows.
     """
 
-    def __init__(self, prompt, padding):
+    def __init__(self, prompt, group=1):
+        prompt = prompt.repeat_interleave(group)
         self.prompt = prompt
-        self.padding = padding
         responses = torch.bincount(prompt)  # (B,), of each prompt
         first_row = responses.cumsum(0) - responses  # (B,), of each prompt
         self.slot = torch.arange(len(prompt), device=prompt.device) - first_row[prompt]
@@ -713,6 +745,69 @@ class Places:
         return slots[self.prompt, :, self.slot]
 
 
+class TokenStep:
+    """Runs one token of every response through the model.
+
+    On CUDA that takes some 2,000 kernels, each shorter than its launch: so they are recorded once,
+    in a CUDA graph, and replayed for token after token, until a shape changes. A recording runs
+    nothing and takes about as long as a token without it.
+    """
+
+    def __init__(self, model, cache):
+        self.model = model
+        self.cache = cache
+        self.graph = None
+
+    def __call__(self, tokens, positions):
+        """tokens (rows,), positions (rows, 1) -> logits (rows, V), valid until the next call."""
+        self.cache.next_token()
+        if self.cache.reshaped:
+            self.graph = None
+            self.cache.reshaped = False
+            logits = self.run(tokens, positions)
+            if self.cache.fixed_shapes:
+                self.record(tokens, positions)
+            return logits
+        if self.graph is None:
+            return self.run(tokens, positions)
+        self.tokens.copy_(tokens)
+        self.positions.copy_(positions)
+        self.graph.replay()
+        return self.logits
+
+    def run(self, tokens, positions):
+        out = self.model(
+            tokens[:, None],
+            None,
+            positions.expand(3, -1, -1),
+            past_key_values=self.cache,
+            text_only=True,
+            cache=self.cache,
+        )
+        return out.logits[:, -1]
+
+    def record(self, tokens, positions):
+        """Record `run` on fixed inputs and outputs: self.tokens, self.positions -> self.logits."""
+        self.tokens = tokens.clone()
+        self.positions = positions.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        stream = recording_stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Other threads, such as NCCL's, may go on.
+            self.graph.capture_begin(capture_error_mode="thread_local")
+            self.logits = self.run(self.tokens, self.positions)
+            self.graph.capture_end()
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+@functools.cache
+def recording_stream():
+    """A stream, since the default one cannot be recorded; always the same one, since cuBLAS takes
+    32 MB for each."""
+    return torch.cuda.Stream()
+
+
 # ----------------------------------------------------------------------------------------------
 # how the model comes to attend this way
 
@@ -720,7 +815,7 @@ class Places:
 def shared_attention(module, query, key, value, attention_mask, scaling, cache, **kwargs):
     """What the layers call inside `sharing`, as an attention function of transformers."""
     layer = cache.layers[module.layer_idx]
-    return layer.attend(cache.attend_with, query, key, value, scaling), None
+    return layer.attend(cache, query, key, value, scaling), None
 
 
 AttentionInterface.register("shared_prompt", shared_attention)

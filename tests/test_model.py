@@ -690,7 +690,7 @@ def test_attention_of_branches_equals_softmax_over_prompt_and_past(scores, paddi
     mask = torch.ones(prompts, length, dtype=torch.long)
     mask[0, : 3 * padding] = 0
     cache = shared_prefix.BranchCache([layer], group, mask, copies=False)
-    out = cache.layers[0].attend(cache.attend_with, query, key, value, 0.3)
+    out = cache.layers[0].attend(cache, query, key, value, 0.3)
     expected = torch.empty_like(out)
     for n in range(prompts * group):
         real = mask[n // group].bool()

@@ -66,9 +66,16 @@ def banned(tokenizer):
     return token_rules(make_model(tokenizer), tokenizer, "cpu")[1]
 
 
+@pytest.mark.parametrize("fixed_shapes", [False, True], ids=["as on CPU", "as on CUDA"])
 @pytest.mark.parametrize("stop_ids", [NEVER, MANY_STOPS], ids=["cut off", "ragged"])
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
-def test_the_two_rollouts_sample_the_same(temperature, stop_ids, prompts, tokenizer, banned):
+def test_the_two_rollouts_sample_the_same(
+    temperature, stop_ids, fixed_shapes, prompts, tokenizer, banned, monkeypatch
+):
+    if fixed_shapes:  # all that CUDA does but to record a token's kernels
+        monkeypatch.setattr(fast, "takes_fixed_shapes", lambda device: True)
+        monkeypatch.setattr(fast.TokenStep, "record", lambda *args: None)
+        monkeypatch.setattr(fast.DecodeCache, "first_visible", 2)  # so that the window grows
     model = make_model(tokenizer)
     results = []
     for sampler in (plain, fast):

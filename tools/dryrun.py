@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -38,7 +39,7 @@ from tools.fake_cuda import CPU, CUDA
 
 SIZES = ("2B", "4B", "8B")
 ROWS = 4  # instances that differ; the rows of a run are these, again and again
-SHOWN = 0.02  # GB; smaller amounts are not listed
+SHOWN = 0.1  # GB; smaller amounts are not listed
 
 
 @dataclass
@@ -73,7 +74,7 @@ def make_row(seed, settings):
         "image": rng.integers(0, 256, (side, side, 3), dtype=np.uint8),
         "depth": rng.uniform(1, 6, (side, side)).astype(np.float32),
         "intrinsics": [500.0, 500.0, side / 2, side / 2],
-        "bbox": [[10, 10, 99, 99], [200, 50, 300, 200]],
+        "bbox": [[0, 0, side // 4, side // 4], [side // 2, 0, side, side // 2]],
         "3d_pos": {},
         "conversations": [
             {"from": "human", "value": question},
@@ -149,6 +150,11 @@ def name_kinds(card):
         card.kind = "weights" if source is None else "reference"
         sharded = shard(*args, source=source, **kwargs)
         card.kind = "activations"
+        for parameter in sharded.parameters():
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
+                parameter.register_post_accumulate_grad_hook(
+                    lambda parameter: card.relabel(parameter.grad, "gradients")
+                )
         return sharded
 
     distributed.shard = tagged_shard
@@ -260,6 +266,7 @@ def dry_run(settings):
         return choose_tokens(*args)
 
     shared_prefix.choose_tokens = counted_choose_tokens
+    shared_prefix.TokenStep.record = lambda *args: None  # a CUDA graph needs a real card
 
     def sampled(like):
         """Sampled tokens: the third one ends all responses."""
