@@ -324,7 +324,7 @@ def update_moments(size, settings, prompt, image):
         "gradients": sums,
         "whole gradients": c * of_head,
         "activations": between,
-        "logits": c * scored + 3 * 4 * min(head.PIECE, scored),
+        "logits": c * scored + 5 * 4 * min(head.PIECE, scored),  # a slice, and pieces in float32
     }
     in_a_layer = {
         **base,
