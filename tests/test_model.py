@@ -735,6 +735,34 @@ def test_the_last_layer_of_a_prompt_runs_for_its_last_token_and_keeps_the_keys_o
             torch.testing.assert_close(a.transpose(1, 2)[real], b.transpose(1, 2)[real])
 
 
+def test_in_bf16_the_sampler_is_near_the_scorer_since_its_scores_are_float32(
+    tokenizer, samples, banned, monkeypatch
+):
+    """The mean distance of log-probabilities, per token, at large norms of queries and keys."""
+
+    def mismatch(seed):
+        model = make_model(tokenizer, seed, torch.float32)
+        for layer in model.model.language_model.layers:
+            torch.nn.init.constant_(layer.self_attn.q_norm.weight, 4)
+            torch.nn.init.constant_(layer.self_attn.k_norm.weight, 4)
+        model.bfloat16()
+        prompts = data.collate(samples, tokenizer)
+        generator = torch.Generator().manual_seed(seed)
+        tokens, mask, sampled, features = rollout(
+            model, prompts, 8, 24, NEVER, banned, 1.0, generator
+        )
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # then by stock attention
+        with torch.no_grad():
+            scored, _ = token_logprobs(model.train(), prompts, features, tokens, mask, banned)
+        return (scored - sampled).abs().mean().item()
+
+    kept = [mismatch(seed) for seed in range(3)]
+    monkeypatch.setattr(shared_prefix, "float32_product", lambda a, b: (a @ b).float())
+    rounded = [mismatch(seed) for seed in range(3)]
+    print(f"float32 scores {np.mean(kept):.4f}, scores rounded to bf16 {np.mean(rounded):.4f}")
+    assert np.mean(kept) < 0.6 * np.mean(rounded)
+
+
 @pytest.mark.parametrize("length", [1, 2, 7])
 def test_T28_scoring_runs_as_many_passes_for_responses_of_one_token(
     length, tokenizer, samples, banned
