@@ -43,10 +43,10 @@ def check(model, settings, device, prompt=0, image=0):
     needed = memory(model, settings, world, cuda, prompt, image)
     limit = available(device)
     gb = f"{peak(needed) / 1e9:.3g} of {limit / 1e9:.3g}"
-    distributed.say(f"memory plan, GB a rank: {in_words(needed)}; peak {gb}")
+    distributed.say(f"memory plan, GB per rank: {in_words(needed)}; peak {gb}")
     if sum(needed["always"].values()) > limit:
         raise UserError(
-            f"{peak(needed) / 1e9:.0f} GB a rank do not fit into {limit / 1e9:.0f}: "
+            f"{peak(needed) / 1e9:.0f} GB per rank do not fit into {limit / 1e9:.0f}: "
             f"{advice(needed, settings, limit, world)}"
         )
     if peak(needed) > USABLE * limit:
@@ -437,12 +437,13 @@ GRPO = {
     "train_vision": False,
     "group_size": 8,
     "max_new_tokens": 512,
-    "kl": 0.01,
-    "rollout_prompts": 16,
+    "kl": 0.02,
+    "rollout_prompts": 0,
     "lora": 0,
 }
 WAYS = {"SFT": SFT, "GRPO": GRPO, "GRPO --lora 16": {**GRPO, "lora": 16}}
-PROMPT = 700  # tokens of a prompt
+PROMPTS = 16  # per rank and step
+PROMPT, IMAGE = 700, 576  # tokens of a prompt; of these, of its picture of 768 x 768 pixels
 
 
 def stock_model(width, layers, heads, kv_heads, mlp, tied, vision, depth, vision_mlp, deepstack):
@@ -477,15 +478,16 @@ def stock_model(width, layers, heads, kv_heads, mlp, tied, vision, depth, vision
 def row_of_table(stock, way):
     """GB per rank of a model and a way to train it, one cell per machine, bold where it fits."""
     model = copy.deepcopy(stock)
-    settings = SimpleNamespace(**WAYS[way])
+    cuda = torch.device("cuda")
     if way == "GRPO":
-        model.model.visual.requires_grad_(False)
+        for part in (model.model.visual, model.point_embed, model.region_proj):
+            distributed.freeze(part, cuda)
     if way == "GRPO --lora 16":
-        model = distributed.freeze(model, torch.device("cuda"))
-        add_adapters(model, settings.lora, seed=0)
+        add_adapters(distributed.freeze(model, cuda), WAYS[way]["lora"], seed=0)
     cells = []
     for world, size in DEVICES.values():
-        gb = peak(memory(model, settings, world, cuda=True, prompt=PROMPT)) / 1e9
+        settings = SimpleNamespace(**WAYS[way], prompts=PROMPTS * world)
+        gb = peak(memory(model, settings, world, True, PROMPT, IMAGE)) / 1e9
         fits = gb < USABLE * size
         cells.append(f"**{gb:.0f}**" if fits else f"{gb:.0f}")
     return cells
@@ -499,9 +501,8 @@ class Settings:
 def main():
     parse(Settings, __doc__)
     print(
-        "GB a rank, bold where it fits: --checkpointing --micro_tokens 4096; "
-        "GRPO with --group_size 8\n--max_new_tokens 512 --rollout_prompts 16, "
-        "prompts of 700 tokens\n"
+        "GB per rank, bold where it fits: --checkpointing --micro_tokens 4096; GRPO with "
+        "--group_size 8\n--max_new_tokens 512, 16 prompts per rank, of 700 tokens\n"
     )
     print(f"| model | parameters | | {' | '.join(DEVICES)} |")
     print(f"|---|---|---|{'---|' * len(DEVICES)}")

@@ -218,7 +218,8 @@ class BackwardByItself(torch.autograd.Function):
             if state.requires_grad and slope is not None:
                 pairs.append((state, slope))
         ctx.states = None
-        torch.autograd.backward(*zip(*pairs))
+        if pairs:  # else nothing in the prompts is trained
+            torch.autograd.backward(*zip(*pairs))
         return None, None
 
 

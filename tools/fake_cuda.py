@@ -374,10 +374,11 @@ def attention(
     scale=None,
     enable_gqa=False,
 ):
-    """scaled_dot_product_attention by the kernel that CUDA takes.
+    """scaled_dot_product_attention by a kernel that CUDA takes.
 
-    That is the flash kernel for bf16 without a mask, else the memory-efficient one. (A build
-    without CUDA would take the plain one, with all scores in memory.)
+    That is the flash kernel for bf16 without a mask, else the memory-efficient one; on the latest
+    cards cuDNN's, which takes as little memory. (A build without CUDA would take the plain one,
+    with all scores in memory.)
     """
     if attn_mask is None and query.dtype != torch.float32:
         return aten._scaled_dot_product_flash_attention(
