@@ -260,22 +260,40 @@ def load_ahead(rows, positions, workers=0, ahead=1):
     rows: EncodedRows; positions: any iterable, without an end if need be; workers: processes that
     encode about `ahead` rows ahead while this one trains (0: none, each row when it is asked for).
     """
-    return iter(
-        torch.utils.data.DataLoader(
-            rows,
-            sampler=positions,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=math.ceil(ahead / workers) if workers else None,
-            worker_init_fn=leave_signals_alone,
-            generator=torch.Generator(),  # else it would take a number from everybody's
-        )
+    loader = torch.utils.data.DataLoader(
+        rows,
+        sampler=positions,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=math.ceil(ahead / workers) if workers else None,
+        collate_fn=tensors_to_arrays,
+        worker_init_fn=leave_signals_alone,
+        generator=torch.Generator(),  # else it would take a number from everybody's
     )
+    for row, sample in loader:
+        for key, value in sample.items():
+            if isinstance(value, np.ndarray):
+                sample[key] = torch.from_numpy(value)
+        yield row, sample
+
+
+def tensors_to_arrays(item):
+    """A row and its sample, without tensors: one that crosses from a loader process would cost an
+    open file until it is used up, and a process may have 1,024."""
+    row, sample = item
+    plain = {}
+    for key, value in sample.items():
+        plain[key] = value.numpy() if isinstance(value, torch.Tensor) else value
+    return row, plain
 
 
 def leave_signals_alone(worker):
-    """In a loader process: Ctrl-C is for the program, which ends its loaders itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a loader process: signals to the program's group are for the program alone.
+
+    It ends its loaders itself, when it has saved its work.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

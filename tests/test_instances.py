@@ -14,6 +14,7 @@ import itertools
 import json
 import random
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import REALDATA, encoded, make_learner, needs_real, with_advantages
+from common import REALDATA, ROOT, encoded, make_learner, needs_real, with_advantages
 from PIL import Image
 from test_model import NEVER, gradients, make_model, make_processor, make_tokenizer, one_by_one
 
@@ -647,6 +648,59 @@ def test_loader_processes_change_neither_order_nor_content(write, tokenizer):
             assert np.array_equal(value, same_sample[key], equal_nan=key == "points")
     without_end = data.load_ahead(dataset, itertools.cycle([3, 4]), workers=1, ahead=2)
     assert [next(without_end)[0]["id"] for _ in range(5)] == ["3", "4", "3", "4", "3"]
+
+
+def run_alone(script, cwd):
+    """A Python program in a process group of its own -> what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ROWS_OF_TENSORS = """
+import os, resource, signal, time, torch
+import data
+
+class Rows(torch.utils.data.Dataset):
+    def __getitem__(self, position):
+        time.sleep(0.005)
+        return {}, {name: torch.full((3,), position) for name in "abcdef"}
+"""
+
+
+def test_loader_processes_take_no_open_file_per_row(tmp_path):
+    script = f"""{ROWS_OF_TENSORS}
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+rows = data.load_ahead(Rows(), range(100), workers=2, ahead=100)
+first = next(rows)
+time.sleep(1.5)  # by now all others are waiting
+print(sum(int(sample["f"][0]) for _, sample in rows))
+"""
+    assert run_alone(script, tmp_path) == f"{sum(range(100))}\n"
+
+
+def test_a_signal_to_the_group_leaves_the_loader_processes_at_work(tmp_path):
+    script = f"""{ROWS_OF_TENSORS}
+seen = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: seen.append(number))
+rows = data.load_ahead(Rows(), range(300), workers=2, ahead=4)
+total = int(next(rows)[1]["a"][0])
+os.killpg(0, signal.SIGTERM)
+os.killpg(0, signal.SIGINT)
+total += sum(int(sample["a"][0]) for _, sample in rows)
+print(total, len(seen))
+"""
+    assert run_alone(script, tmp_path) == f"{sum(range(300))} 2\n"
 
 
 def test_a_bad_row_that_a_loader_process_meets_is_one_line(write, tokenizer):
