@@ -344,14 +344,15 @@ def update_moments(size, settings, prompt, image):
         "gradients": sums + 4 * size.root * (1 + 1 / size.world),
     }
     moments = [at_the_head, in_a_layer, copying, summing]
-    if size.tied and size.trains_head:  # the embedding gets its gradients from both ends
+    if size.tied and size.trains_head:
+        # The embedding gets its gradients from both ends, in GRPO those of two passes.
         moments.append(
             {
                 **base,
                 "gathered weights": c * size.root,
                 "gradients": sums + 4 * size.layer,
-                "whole gradients": 4 * c * size.head,
-                "activations": 4 * c * tokens * size.text.hidden_size,
+                "whole gradients": (4 if is_grpo(settings) else 3) * c * size.head,
+                "activations": 8 * c * tokens * size.text.hidden_size,
             }
         )
     return moments

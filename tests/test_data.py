@@ -630,10 +630,17 @@ def test_T15_batches_mark_the_target_with_its_end_of_turn_and_pad_on_the_right_s
         "image_grid_thw": torch.ones(1, 3),
         "points": torch.zeros(1, 3),
     }
-    one = {"prompt": [21, image, end], "target": [30, end], "regions": torch.ones(2, 1), **tensors}
+    one = {
+        "prompt": [21, image, end],
+        "target": [30, end],
+        "position_ids": torch.arange(5).expand(3, -1),
+        "regions": torch.ones(2, 1),
+        **tensors,
+    }
     two = {
         "prompt": [21, image, end, 22, 23],
         "target": [31, 32, 33, end],
+        "position_ids": torch.arange(9).expand(3, -1),
         "regions": torch.zeros(0, 1),
         **tensors,
     }
@@ -645,12 +652,14 @@ def test_T15_batches_mark_the_target_with_its_end_of_turn_and_pad_on_the_right_s
     assert batch["attention_mask"].tolist() == [[1] * 5 + [0] * 4, [1] * 9]
     assert batch["loss_mask"].tolist() == [[0, 0, 0, 1, 1, 0, 0, 0, 0], [0] * 5 + [1] * 4]
     assert batch["mm_token_type_ids"].tolist() == [[0, 1] + [0] * 7] * 2
+    assert batch["position_ids"].tolist() == [[[0, 1, 2, 3, 4, 0, 0, 0, 0], [*range(9)]]] * 3
     assert batch["regions"].tolist() == [
         [1, 0],
         [1, 0],
     ]  # of the first picture's patch, not of the second's
     batch = data.collate([{**one, "target": []}, {**two, "target": []}], tokenizer)
     assert batch["input_ids"].tolist() == [[pad, pad, 21, image, end], [21, image, end, 22, 23]]
+    assert batch["position_ids"].tolist() == [[[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]] * 3
     assert (
         batch["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1] * 5]
         and not batch["loss_mask"].any()

@@ -180,6 +180,7 @@ def stand_ins(card, settings, rows, tokenizer, processor):
 
     data.collate = fake_batch
     data.encode = lambda row, tokenizer, processor, train: dict(encoded[row["source"], train])
+    data.load_ahead = lambda rows, positions, *args, **kwargs: (rows[i] for i in positions)
     distributed.even_out = lambda items, device: items
 
     scores = iter(range(10**9))
