@@ -396,19 +396,23 @@ def test_other_settings_are_named_and_those_that_cannot_be_changed_refused(
     assert [line["step"] for line in metrics(out)] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("program", SMALL)
+@pytest.mark.parametrize(
+    "program, more",
+    [("sft", {}), ("grpo", {}), ("grpo", {"lora": 2})],
+    ids=["sft", "grpo", "adapters"],
+)
 def test_T27_two_ranks_killed_and_resumed_equal_two_that_never_stopped(
-    program, tokenizer, tmp_path
+    program, more, tokenizer, tmp_path
 ):
     outs = tmp_path / "unbroken", tmp_path / "killed"
-    assert finish(program, tokenizer, outs[0], world=2) == 0, said(outs[0])
-    pids = [launch(program, tokenizer, outs[1], rank=rank, world=2) for rank in (0, 1)]
+    assert finish(program, tokenizer, outs[0], world=2, **more) == 0, said(outs[0])
+    pids = [launch(program, tokenizer, outs[1], rank=rank, world=2, **more) for rank in (0, 1)]
     while not glob.glob(f"{outs[1]}/checkpoints/step_*[0-9]"):
         time.sleep(0.002)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     assert [wait(pid) for pid in pids] == [-signal.SIGKILL] * 2
-    assert finish(program, tokenizer, outs[1], world=2, resume=True) == 0, said(outs[1])
+    assert finish(program, tokenizer, outs[1], world=2, resume=True, **more) == 0, said(outs[1])
     assert "resumed from" in said(outs[1]) and result(outs[0]) == result(outs[1])
 
 
