@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import time
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from engine.checkpoint import load_model
 from engine.settings import run_main
 from formats import instances
 from formats.errors import BadRow, UserError
+from rewards import read_choice
 from world import tiny
 
 REAL = REALDATA / "qa"
@@ -65,8 +67,26 @@ def test_the_answer_is_the_first_tagged_one_else_all_of_the_response():
         "": "",
         "</answer><answer>C</answer>": "C",
         "<answer></answer>B": "",
+        "<think>Maybe A. No.</think>\n\nB": "B",
+        "Maybe A. No.</think>\n\nB": "B",  # the opening tag stood in the prompt
+        "<think>I must put it in <answer> tags.</think><answer>B</answer>": "B",
+        "<think>A draft: <answer>A</answer></think><answer>B</answer>": "B",
+        "<think>A</think> No. <think>B</think> C": "C",
+        "<Thinking>A</Thinking>B": "B",
+        "◁think▷A◁/think▷B": "B",
+        "<detect></detect><think>A</think><answer>B</answer>": "B",
     }
     assert {text: scoring.first_answer(text) for text in cases} == cases
+
+
+@pytest.mark.parametrize(
+    "cut", ["<think>B", "<think>2 m. It is <answer>B</answer>", "<think>A</think><think>Yes, 2 m"]
+)
+def test_a_response_that_was_cut_off_in_its_reasoning_earns_nothing(cut):
+    assert scoring.first_answer(cut) == ""
+    assert score("blink", "Counting", "B", cut) == 0
+    assert score("spatialrgpt", "width_data", "2 m", cut) == 0
+    assert score("spatialrgpt", "left_predicate", "Yes", cut) == 0
 
 
 @pytest.mark.parametrize("case", LETTERS)
@@ -102,12 +122,122 @@ def test_a_choice_is_its_letter_and_nothing_that_looks_like_it(case):
     assert score(bench, type, "(B)", "B") == 1
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(B).",
+        "B: no",
+        "B, no",
+        "B - no",
+        "[B]",
+        '"B"',
+        "**B**",
+        "`B`",
+        "$B$",
+        r"\boxed{B}",
+        r"$\boxed{\text{B}}$",
+        "Option B",
+        "Choice (B)",
+        "Answer: B",
+        "**Answer:** B",
+        "### Answer\nB",
+        "The correct answer is (B).",
+        "The answer is option B.",
+        "So the answer is: B. left",
+        r"Final Answer: The final answer is $\boxed{B}$.",
+        "Based on the picture, the correct answer is (B).",
+        "Region A is farther away. The answer is B.",
+        "B is correct",
+        "The answer is B because the lamp is nearer.",
+        "B\n\nIt is nearer.",
+        "It is not (A), the answer is (B).",
+    ],
+)
+def test_a_letter_that_no_one_would_misread_counts(text):
+    for response in (text, f"<answer>{text}</answer>", f"<think>A</think>\n{text}"):
+        assert score("blink", "Counting", "B", response) == 1
+        assert score("blink", "Counting", "A", response) == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Based on the picture",
+        "Answer: A or B",
+        "A, B",
+        "B, A",
+        "A\nB",
+        "A: no B: yes",
+        "Option A or B",
+        "(B) is wrong",
+        "B is wrong",
+        "The answer is not B",
+        "Answer: not (B)",
+        "Answer: b",
+        "The answer is Bold",
+        "The answer is (A). No, the answer is (B).",
+        r"\boxed{A} \boxed{B}",
+        "B, or A",
+    ],
+)
+def test_a_letter_that_someone_might_misread_counts_for_none(text):
+    assert scoring.letter(text) is None
+    for truth in "AB":
+        assert score("blink", "Counting", truth, text) == 0
+
+
+def test_another_letter_is_wrong():
+    assert score("blink", "Counting", "B", "The answer is (A).") == 0
+    assert score("blink", "Counting", "B", "It is not (B), the answer is (A).") == 0
+
+
+def test_what_the_training_reward_reads_as_a_letter_is_one_here():
+    for text in (
+        "B",
+        "(B)",
+        "B.",
+        "B)",
+        "B. left",
+        "(B) left",
+        "B. A chair",
+        "(B) Point A is left",
+    ):
+        assert read_choice(text) == scoring.letter(text) == "B"
+
+
 def test_the_words_of_one_choice_are_its_letter():
     words = ["left", "right of it", "left of it", "Left"]
     say = lambda text: score("embspatial", "left", "B", text, choices=words)
     assert say("right of it") == say("Right of it.") == 1
     assert say("right") == say("left") == say("it is right of it") == 0
+    assert say("**right of it**") == say("The answer is right of it.") == 1
     assert score("embspatial", "left", "A", "left", choices=words) == 0  # two choices say so
+    points = ["point A", "point B"]
+    assert score("blink", "Relative_Depth", "B", "B: point B", choices=points) == 1
+    assert score("blink", "Relative_Depth", "B", "B: point A", choices=points) == 0
+
+
+@pytest.mark.parametrize(
+    "prompt, choices",
+    [
+        ("Which way? A. left B. right", ["left", "right"]),
+        (
+            "Where?\n\nA. Left\nB. Ahead\nC. Right\nPlease answer with the letter.",
+            ["Left", "Ahead", "Right"],
+        ),
+        (
+            "How? Choices: A. Right. B. Left. Please answer directly with only the letter.",
+            ["Right.", "Left."],
+        ),
+        ("Is it (A) red (B) blue", ["red", "blue"]),
+        ("How many cars are there?", None),
+        ("Is it vitamin A. or not?", None),
+        ("Which? A. left C. right", None),
+        ("", None),
+    ],
+)
+def test_the_choices_that_a_prompt_lists(prompt, choices):
+    assert scoring.listed_choices(prompt) == choices
 
 
 @pytest.mark.parametrize(
@@ -141,6 +271,16 @@ def test_the_words_of_one_choice_are_its_letter():
 def test_numbers_earn_mean_relative_accuracy(said, truth, expected):
     assert score("spar", "depth_prediction_oc", truth, said) == pytest.approx(expected)
     assert score("vsi", "object_counting", truth, said) == pytest.approx(expected)
+
+
+def test_an_error_of_exactly_a_threshold_is_within_it():
+    """All such errors of two decimals, in exact arithmetic; 4 for 5 is the one that docs name."""
+    assert scoring.mra(4, 5) == 0.7
+    for truth in (2, 5, 7):
+        for k in range(1, 11):
+            for sign in (-1, 1):
+                value = float(Fraction(truth) * (1 + Fraction(sign * k, 20)))
+                assert scoring.mra(value, truth) == pytest.approx((11 - k) / 10)
 
 
 def test_mean_relative_accuracy_is_its_definition():
@@ -214,8 +354,30 @@ def test_camera_motion_is_relative_to_the_truths_axes(said, truth, expected):
         ("two meters", 0),
         ("0 m", 0),
         ("nan m", 0),
-        ("2 miles", 1),
+        ("2 miles", 0),  # another unit is another length
         ("3 miles", 0),
+        ("2 km", 0),
+        ("2 yards", 1),
+        ("2 %", 0),  # an unknown unit is none
+        ("2 light years", 0),
+        ("2 square meters", 0),
+        ("2 m²", 0),
+        ("1 to 2 m", 0),
+        ("1–2 m", 0),
+        ("between 1 and 2 m", 0),
+        ("2 ± 0.5 m", 0),
+        ("2 x 3 m", 0),
+        ("1 200 mm", 0),
+        ("1,5 m", 0),
+        ("–2 m", 0),
+        ("2-meter", 1),
+        ("6'7\"", 1),
+        ("6.56 feet (2.0 meters)", 1),
+        ("2 m, 5 ft wide", 0),
+        ("2 in the picture", 0),
+        ("**2 m**", 1),
+        ("The answer is 2 m.", 1),
+        (r"$\boxed{2}$ m", 1),
     ],
 )
 def test_lengths_are_right_within_a_quarter(said, expected):
@@ -226,6 +388,39 @@ def test_length_units():
     assert scoring.length("6.91 feet") == pytest.approx(6.91 * 0.3048)
     assert scoring.length("37.92 inches away from Region [1].") == pytest.approx(37.92 * 0.0254)
     assert scoring.length("51.29 centimeters") == pytest.approx(0.5129)
+    assert scoring.length("2 miles") == pytest.approx(2 * 1609.344)
+    for inches in ("12 in", "12 in.", "12 in wide", '12"', "12″", "12 inches", "1 ft", "1'"):
+        assert scoring.length(inches) == pytest.approx(0.3048), inches
+
+
+@pytest.mark.parametrize(
+    "text, metres",
+    [
+        ("1,200 mm", 1.2),
+        ("12,345,678.5 mm", 12345.6785),
+        ("1/2 meter", 0.5),
+        ("1 1/2 meters", 1.5),
+        ("1½ m", 1.5),
+        ("½ m", 0.5),
+        ("1/0 m", None),
+        ("1e999 m", None),
+        ("3 feet 2 inches", 0.9652),
+        ("3 feet and 2 inches", 0.9652),
+        ("6' 7\"", 2.0066),
+        ("1 m 20 cm", 1.2),
+        ("1 m and 20 cm", 1.2),
+        ("1 m and 200 cm", None),  # two lengths: these are no parts of one
+        ("2 inches 3 feet", None),
+        ("2 m (6 ft 7 in)", 2.0),
+        ("2 m or 2.03 m", 2.0),  # agree within 2 %
+        ("2 m or 2.05 m", None),
+        ("2 ms", None),
+        ("2", 2.0),
+        ("2 or so", None),
+    ],
+)
+def test_amounts_of_length(text, metres):
+    assert scoring.length(text) == (metres if metres is None else pytest.approx(metres))
 
 
 @pytest.mark.parametrize(
@@ -238,6 +433,7 @@ def test_length_units():
         ("3", 0),
         ("1", 1),
         ("13", 0),
+        ("1 m", 0),
         ("1 o'clock or 2 o'clock", 0),
         ("", 0),
         ("o'clock", 0),
@@ -300,6 +496,9 @@ def test_words_are_compared_without_case_space_and_period():
         == say("2", "2")
         == say("B", "B")
         == say("B. left", "B")
+        == say("Two", "2")
+        == say("2", "two.")
+        == say("**Yes**", "Yes")
         == 1
     )
     assert (
@@ -333,11 +532,23 @@ def test_long_responses_are_scored_in_no_time():
             "no yes ",
             "1 o",
             "é",
+            "1,111",
+            "1/",
+            "1 to ",
+            "1'",
+            "Answer: ",
+            "Answer: A\n",
+            "\n",
+            r"\boxed{",
+            r"\text{",
+            "<think>",
+            "**",
+            "A. a B. b ",
         ):
             start = time.process_time()
             value = score(bench, type, answer, piece * (100_000 // len(piece)))
             assert 0 <= value <= 1
-            assert time.process_time() - start < 0.1
+            assert time.process_time() - start < 0.1, (type, piece)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1059,9 +1270,7 @@ def test_a_run_answers_every_question_on_its_paths(answered):
         assert line["n"] == len(part) and line["score"] == pytest.approx(statistics.mean(part))
     assert [line["n"] for line in found["table"]] == [4, 4, 8, 3, 3, 6]
     for r in found["responses"]:
-        assert r["score"] == scoring.choice(
-            scoring.first_answer(r["response"]), r["answer"], r["choices"]
-        )
+        assert r["score"] == scoring.score("embspatial", r["response"], r)
 
 
 def test_a_killed_run_goes_on_where_it_was(world, answered, alone, monkeypatch):
