@@ -11,8 +11,8 @@ The table has the mean score per path and type, per level, and overall (benchmar
 
 Responses are appended to out/bench_NAME.jsonl (with --json FILE.json: to FILE.jsonl) batch by
 batch, and a later run asks only what is missing there. A file for --score has on each line
-{"id": .., "response": ..}; without --data also "answer" and "type". SAT's choices are shuffled by row number: nothing depends on the number
-of processes or on the batch size.
+{"id": .., "response": ..}; without --data also "answer" and "type". SAT's choices are shuffled by
+row number: nothing depends on the number of processes or on the batch size.
 """
 
 import base64
@@ -621,8 +621,8 @@ def graded(benchmark, row):
         right = right and (letter is None or index_of(letter) < len(row["choices"]))
     if not right:
         raise BadRow(
-            f"{row['source']}: field 'answer': {short(row['answer'])} is no answer of the kind '{rule}' "
-            "(a split whose answers are hidden cannot be scored)"
+            f"{row['source']}: field 'answer': {short(row['answer'])} is no answer of the kind "
+            f"'{rule}' (a split whose answers are hidden cannot be scored)"
         )
     return {**row, "level": level}
 

@@ -16,7 +16,7 @@ scorers:
    VSI-Bench rounds some of them the other way: it pays 0.6 for 4 where 5 is true, this one 0.7.)
 
 In this order: the score of a response; which rule a question has; the rules; what they read in a
-text; the table.
+text, kind by kind; the table.
 """
 
 import math
@@ -224,10 +224,10 @@ def reads_the_same(read, text, truth):
 
 
 # ----------------------------------------------------------------------------------------------
-# what the rules read in a text
+# what an answer is wrapped in
 
 # What is written around an answer: emphasis, code, formulas.
-MARKUP = re.compile(r"\*\*|`|\$|^#+\s|\\[()]|<\|(?:begin|end)_of_box\|>")
+MARKUP = re.compile(r"\*\*|`|\$|(?m:^#+\s)|\\[()]|<\|(?:begin|end)_of_box\|>")
 STYLED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
 BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
 QUOTES = "\"'“”‘’"
@@ -239,62 +239,6 @@ LEAD_IN = (
 )
 BEGINS_WITH_LEAD_IN = re.compile(LEAD_IN, re.IGNORECASE)
 STATEMENT = re.compile(rf"(?:^|(?<=[.!?,;:\n]))\s{{0,3}}{LEAD_IN}", re.IGNORECASE)
-
-# A letter, what closes it, and the rest of its line.
-NAMED = re.compile(
-    r"""(?:(?i:option|choice)\s)?[(\["'“]?([A-Z])([)\]"'”]?[.:,;]?)(?=\s|$)(.{0,200})"""
-)
-CONFIRMED = re.compile(r"(?:because|since|is (?:the )?(?:correct|right|best))\b")
-DENIED = re.compile(r"(?:is|was)(?:n['’]t| not| wrong| incorrect| false)\b|can(?:not|['’]t)\b")
-LONE_CAPITAL = re.compile(r"\b[A-HJ-Z]\b")  # not the word "I"
-
-NUMBER_WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-]
-
-METRES = {  # by unit; an "s" may follow, but for "m"
-    **dict.fromkeys(("m", "meter", "metre"), 1),
-    **dict.fromkeys(("dm", "decimeter", "decimetre"), 0.1),
-    **dict.fromkeys(("cm", "centimeter", "centimetre"), 0.01),
-    **dict.fromkeys(("mm", "millimeter", "millimetre"), 0.001),
-    **dict.fromkeys(("km", "kilometer", "kilometre"), 1000),
-    **dict.fromkeys(("in", "inch", "inche", '"', "″", "”", "''", "’’"), 0.0254),
-    **dict.fromkeys(("ft", "foot", "feet", "'", "′", "’"), 0.3048),
-    **dict.fromkeys(("yd", "yard"), 0.9144),
-    **dict.fromkeys(("mi", "mile"), 1609.344),
-}
-VULGAR_FRACTIONS = str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
-# 1 1/2, 1/2, 1,200 or a number as rewards.NUMBER.
-AMOUNT = (
-    r"(?:(?:[0-9]{1,9}\s{1,2})?[0-9]{1,9}/[0-9]{1,9}(?![0-9.])"
-    rf"|[0-9]{{1,3}}(?:,[0-9]{{3}})+(?:\.[0-9]+)?|{NUMBER.pattern})"
-)
-UNIT = "|".join(sorted(map(re.escape, METRES), key=len, reverse=True))
-# "1 to 2 m" and "2 ± 1 m" hold two numbers; "2 in the picture" holds no inches.
-LENGTH = re.compile(
-    rf"(?<![\w.,/+–—−-])({AMOUNT}(?:\s{{0,3}}(?:to|or|and|by|x|[-–—~×±]|\+/-)\s{{0,3}}|\s{{1,3}}(?![0-9]+/)))?"
-    rf"({AMOUNT})[\s-]{{0,3}}({UNIT})(?:(?<=[a-z][a-z])s)?(?:(?<=[a-z])(?![\w^/])|(?<![a-z]))"
-    r"(?!(?<=in)\s(?:the|an?|this|that|its|all|total|front|size|height|width|length|depth)\b)",
-    re.IGNORECASE,
-)
-BETWEEN_PARTS = re.compile(r",?\s{0,3}(?:and\s)?")  # of "3 feet 2 inches"
-SAME = 1.02  # two lengths this close are one, in two units
-MOST_LENGTHS = 10  # a text with more of them is no answer, and not worth the time
-HOUR = re.compile(r"(?<![\w.+-])(1[0-2]|[1-9])\s{0,3}o['’]?\s?clock", re.IGNORECASE)
-YES = {"yes", "correct", "indeed", "true"}
-NO = {"no", "incorrect", "actually", "false", "in fact"}
 
 
 def undressed(text):
@@ -310,6 +254,18 @@ def without_lead_in(text):
     text = BOXED.sub(r"\1", text).strip()
     lead_in = BEGINS_WITH_LEAD_IN.match(text)
     return text[lead_in.end() :] if lead_in else text
+
+
+# ----------------------------------------------------------------------------------------------
+# letters and choices
+
+# A letter, what closes it, and the rest of its line.
+NAMED = re.compile(
+    r"""(?:(?i:option|choice)\s)?[(\["'“]?([A-Z])([)\]"'”]?[.:,;]?)(?=\s|$)(.{0,200})"""
+)
+CONFIRMED = re.compile(r"(?:because|since|is (?:the )?(?:correct|right|best))\b")
+DENIED = re.compile(r"(?:is|was)(?:n['’]t| not| wrong| incorrect| false)\b|can(?:not|['’]t)\b")
+LONE_CAPITAL = re.compile(r"\b[A-HJ-Z]\b")  # not the word "I"
 
 
 def letter(text, choices=()):
@@ -366,21 +322,44 @@ def listed_choices(prompt):
     return [text.strip() for text in words]
 
 
-def short_text(text):
-    """Text as it is compared: see rewards.plain; "Two" is "2"."""
-    text = plain(text)
-    return str(NUMBER_WORDS.index(text)) if text in NUMBER_WORDS else text
+# ----------------------------------------------------------------------------------------------
+# lengths
 
-
-def number(text):
-    """The number that the text begins with, a unit after it or not; None if there is none.
-
-    "2.3 meters" -> 2.3; None for "2.3m" and "about 2".
-    """
-    words = text.split(maxsplit=1)
-    if not words:
-        return None
-    return read_number(words[0].removesuffix(".").removesuffix(","))
+METRES = {  # by unit; an "s" may follow, but for "m"
+    **dict.fromkeys(("m", "meter", "metre"), 1),
+    **dict.fromkeys(("dm", "decimeter", "decimetre"), 0.1),
+    **dict.fromkeys(("cm", "centimeter", "centimetre"), 0.01),
+    **dict.fromkeys(("mm", "millimeter", "millimetre"), 0.001),
+    **dict.fromkeys(("km", "kilometer", "kilometre"), 1000),
+    **dict.fromkeys(("in", "inch", "inche", '"', "″", "”", "''", "’’"), 0.0254),
+    **dict.fromkeys(("ft", "foot", "feet", "'", "′", "’"), 0.3048),
+    **dict.fromkeys(("yd", "yard"), 0.9144),
+    **dict.fromkeys(("mi", "mile"), 1609.344),
+}
+VULGAR_FRACTIONS = str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
+# 1 1/2, 1/2, 1,200 or a number as rewards.NUMBER.
+AMOUNT = (
+    r"(?:(?:[0-9]{1,9}\s{1,2})?[0-9]{1,9}/[0-9]{1,9}(?![0-9.])"
+    rf"|[0-9]{{1,3}}(?:,[0-9]{{3}})+(?:\.[0-9]+)?|{NUMBER.pattern})"
+)
+UNIT = "|".join(sorted(map(re.escape, METRES), key=len, reverse=True))
+# "1 to 2 m" and "2 ± 1 m": then a length has two numbers.
+OTHER_NUMBER = (
+    rf"{AMOUNT}(?:\s{{0,3}}(?:to|or|and|by|x|[-–—~×±]|\+/-)\s{{0,3}}|\s{{1,3}}(?![0-9]+/))"
+)
+# A unit of letters ends where a word does, and is no area or speed; 6'7" goes on.
+END_OF_UNIT = r"(?:(?<=[a-z][a-z])s)?(?:(?<=[a-z])(?![\w^/])|(?<![a-z]))"
+# "2 in the picture" holds no inches.
+NO_PLACE = (
+    r"(?!(?<=in)\s(?:the|an?|this|that|its|all|total|front|size|height|width|length|depth)\b)"
+)
+LENGTH = re.compile(
+    rf"(?<![\w.,/+–—−-])({OTHER_NUMBER})?({AMOUNT})[\s-]{{0,3}}({UNIT}){END_OF_UNIT}{NO_PLACE}",
+    re.IGNORECASE,
+)
+BETWEEN_PARTS = re.compile(r"\.?,?\s{0,3}(?:and\s)?")  # of "3 feet 2 inches"
+SAME = 1.02  # two lengths this close are one, in two units
+MOST_LENGTHS = 10  # a text with more of them is no answer, and not worth the time
 
 
 def length(text):
@@ -394,7 +373,8 @@ def length(text):
     if len(matches) > MOST_LENGTHS:
         return None
     if not matches:
-        return read_number(text.removesuffix("."))
+        bare = text.removesuffix(".")
+        return amount(bare) if re.fullmatch(AMOUNT, bare) else None
     found = []
     last = None  # match and unit of the length before
     for match in matches:
@@ -425,6 +405,33 @@ def amount(digits):
     *whole, fraction = digits.split()
     above, below = map(int, fraction.split("/"))
     return sum(map(int, whole)) + above / below if below else None
+
+
+# ----------------------------------------------------------------------------------------------
+# numbers, hours, regions and words
+
+HOUR = re.compile(r"(?<![\w.+-])(1[0-2]|[1-9])\s{0,3}o['’]?\s?clock", re.IGNORECASE)
+YES = {"yes", "correct", "indeed", "true"}
+NO = {"no", "incorrect", "actually", "false", "in fact"}
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve"
+
+
+def number(text):
+    """The number that the text begins with, a unit after it or not; None if there is none.
+
+    "2.3 meters" -> 2.3; None for "2.3m" and "about 2".
+    """
+    words = text.split(maxsplit=1)
+    if not words:
+        return None
+    return read_number(words[0].removesuffix(".").removesuffix(","))
+
+
+def short_text(text):
+    """Text as it is compared: see rewards.plain; "Two" is "2"."""
+    text = plain(text)
+    words = NUMBER_WORDS.split()
+    return str(words.index(text)) if text in words else text
 
 
 def hour(text):

@@ -141,6 +141,7 @@ def test_a_choice_is_its_letter_and_nothing_that_looks_like_it(case):
         "Answer: B",
         "**Answer:** B",
         "### Answer\nB",
+        "The lamp is nearer.\n\n### Answer\n\n(B)",
         "The correct answer is (B).",
         "The answer is option B.",
         "So the answer is: B. left",
@@ -415,7 +416,9 @@ def test_length_units():
         ("2 m or 2.03 m", 2.0),  # agree within 2 %
         ("2 m or 2.05 m", None),
         ("2 ms", None),
+        ("3 ft. 2 in.", 0.9652),
         ("2", 2.0),
+        ("1/2", 0.5),
         ("2 or so", None),
     ],
 )
