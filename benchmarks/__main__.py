@@ -11,12 +11,12 @@ The table has the mean score per path and type, per level, and overall (benchmar
 
 Responses are appended to out/bench_NAME.jsonl (with --json FILE.json: to FILE.jsonl) batch by
 batch, and a later run asks only what is missing there. A file for --score has on each line
-{"id": .., "response": ..}. SAT's choices are shuffled by row number: nothing depends on the number
-of processes or on the batch size.
+{"id": .., "response": ..}; without --data also "answer" and "type". SAT's choices are shuffled by
+row number: nothing depends on the number of processes or on the batch size.
 """
 
 import base64
-import binascii
+import filecmp
 import glob
 import json
 import math
@@ -26,6 +26,7 @@ import re
 import zlib
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 from tqdm import tqdm
@@ -36,6 +37,7 @@ from benchmarks.scoring import (
     index_of,
     letter_of,
     level_of,
+    listed_choices,
     make_table,
     overall_rule,
     rule_of,
@@ -74,15 +76,54 @@ KINDS = {str: "text", list: "a list", dict: "an object", int: "a whole number"}
 
 
 def get(row, field, kind=str):
-    """A field that must be there and be of this kind, not empty; numbers count as text."""
+    """A field that must be there and be of this kind, not empty.
+
+    Numbers count as text, and JSON text as the list or the object that it holds.
+    """
     value = row.get(field)
-    if kind is str and isinstance(value, (int, float)):
+    if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         value = str(value)
-    if not isinstance(value, kind) or (kind in (str, list) and not value):
+    if kind in (list, dict) and isinstance(value, str):
+        value = parsed(value)
+    right = isinstance(value, kind) and not isinstance(value, bool)
+    if not right or (kind in (str, list) and not value):
         raise BadRow(
-            f"{row['source']}: field '{field}': needs {KINDS[kind]}, not {str(value)[:60]!r}"
+            f"{row['source']}: field '{field}': needs {KINDS[kind]}, not {short(row.get(field))}"
         )
     return value
+
+
+def parsed(text):
+    """What a JSON text holds; None where it is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def short(value):
+    """The beginning of a value, as an error quotes it: one line, whatever it holds."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def choices_of(row, field, needed=False):
+    """The choices in a field as a list of texts; None for a row without, where none are needed."""
+    if row.get(field) is None and not needed:
+        return None
+    choices = get(row, field, list)
+    if not all(isinstance(choice, (str, int, float)) for choice in choices):
+        raise BadRow(
+            f"{row['source']}: field '{field}': needs a list of texts, not {short(choices)}"
+        )
+    return [str(choice) for choice in choices]
+
+
+def choices_in(prompt, answer):
+    """The choices that a prompt lists itself, where the answer is a letter of one of them."""
+    choices = listed_choices(prompt) or []
+    letter = read_choice(answer)
+    return choices if letter and index_of(letter) < len(choices) else None
 
 
 def from_spar(row):
@@ -116,7 +157,7 @@ def from_embspatial(row):
     encoded = get(row, "image")
     try:
         image = base64.b64decode(encoded, validate=True)
-    except binascii.Error:
+    except ValueError:
         raise BadRow(f"{row['source']}: field 'image': needs a base64 picture") from None
     boxes = {}
     names = []
@@ -129,7 +170,7 @@ def from_embspatial(row):
         raise BadRow(
             f"{row['source']}: field 'objects': needs a list of {{'name', 'bbox': [x, y, w, h]}}"
         ) from None
-    choices = get(row, "answer_options", list)
+    choices = choices_of(row, "answer_options", needed=True)
     index = get(row, "answer", int)
     if not 0 <= index < len(choices):
         raise BadRow(f"{row['source']}: field 'answer': {index} must be 0 to {len(choices) - 1}")
@@ -150,14 +191,14 @@ def from_embspatial(row):
 
 def from_sat(row):
     """SAT; its choices are shuffled, in the same way in every run."""
-    choices = get(row, "answers", list)
+    choices = choices_of(row, "answers", needed=True)
     answer = get(row, "correct_answer")
     generator = random.Random(f"{SHUFFLE_SEED} {row['index']}")
     shuffled = generator.sample(choices, len(choices))
     if shuffled.count(answer) != 1:
         raise BadRow(
-            f"{row['source']}: field 'correct_answer': {answer!r} must be one of the answers "
-            f"{choices}"
+            f"{row['source']}: field 'correct_answer': {short(answer)} must be one of the answers "
+            f"{short(choices)}"
         )
     return {
         "type": get(row, "question_type"),
@@ -174,56 +215,85 @@ def from_blink(row):
         "type": get(row, "sub_task"),
         "prompt": get(row, "prompt"),
         "answer": get(row, "answer"),
-        "choices": row.get("choices"),
+        "choices": choices_of(row, "choices"),
         "image": [row.get(f"image_{i}") for i in range(1, 5)],
     }
 
 
 def from_cvbench(row):
-    """CV-Bench; "group" is its column "source", which the overall score goes by."""
-    if row["group"] not in ("ADE20K", "COCO", "Omni3D"):
-        raise BadRow(
-            f"{row['source']}: field 'source': needs ADE20K, COCO or Omni3D, not {row['group']!r}"
-        )
+    """CV-Bench; "group" is its column "source", which the overall score goes by.
+
+    In JSON lines the picture is the file in "filename".
+    """
     return {
         "id": row.get("idx"),
         "type": get(row, "task"),
         "prompt": get(row, "prompt"),
         "answer": get(row, "answer"),
-        "choices": row.get("choices"),
-        "group": row["group"],
-        "image": row.get("image"),
+        "choices": choices_of(row, "choices"),
+        "group": group_of(row),
+        "image": row.get("image") or row.get("filename"),
     }
 
 
+def group_of(row):
+    """Which data set a question of CV-Bench is made from."""
+    if row.get("group") not in ("ADE20K", "COCO", "Omni3D"):
+        raise BadRow(
+            f"{row['source']}: field 'source' or 'group': needs ADE20K, COCO or Omni3D, "
+            f"not {short(row.get('group'))}"
+        )
+    return row["group"]
+
+
 def from_realworldqa(row):
+    prompt = get(row, "question")
+    answer = get(row, "answer")
     return {
         "type": "question",
-        "prompt": get(row, "question"),
-        "answer": get(row, "answer"),
+        "prompt": prompt,
+        "answer": answer,
+        "choices": choices_in(prompt, answer),
         "image": row.get("image"),
     }
 
 
 def from_erqa(row):
-    """ERQA; visual_indices: before which character of the question each picture belongs."""
-    texts = {}
-    for field in ("question", "answer", "question_type"):
-        texts[field] = b"".join(row.get(field) or []).decode(errors="replace")
-    row = {**row, **texts}
+    """ERQA as TFRecord, parquet or JSON lines.
+
+    visual_indices: before which character of the question each picture belongs.
+    """
+    row = {**row}
+    for field in ("question", "answer", "question_type", "question_id"):
+        if is_feature(row.get(field)):
+            row[field] = b"".join(row[field]).decode(errors="replace")
     question = get(row, "question")
-    images = row.get("image/encoded") or []
+    answer = get(row, "answer")
+    images_field = "image/encoded" if "image/encoded" in row else "images"
+    images = get(row, images_field, list) if row.get(images_field) else []
     positions = row.get("visual_indices") or []
-    if len(positions) == len(images):
+    if not isinstance(positions, list) or not all(isinstance(place, int) for place in positions):
+        raise BadRow(
+            f"{row['source']}: field 'visual_indices': needs whole numbers, not {short(positions)}"
+        )
+    prompt = question
+    if len(positions) == len(images) and "<image>" not in question:
         images = [images[i] for i in np.argsort(positions, kind="stable")]
         for position in sorted(positions, reverse=True):  # from the end: the others stay in place
-            question = f"{question[:position]}<image>{question[position:]}"
+            prompt = f"{prompt[:position]}<image>{prompt[position:]}"
     return {
+        "id": row.get("question_id"),
         "type": get(row, "question_type"),
-        "prompt": question,
-        "answer": get(row, "answer"),
+        "prompt": prompt,
+        "answer": answer,
+        "choices": choices_in(question, answer),
         "image": images,
     }
+
+
+def is_feature(value):
+    """Is this a text as TFRecord files hold it, a list of bytes?"""
+    return isinstance(value, list) and all(isinstance(part, bytes) for part in value)
 
 
 def from_spatialrgpt(row):
@@ -231,6 +301,15 @@ def from_spatialrgpt(row):
 
     The first four are drawn, for both paths.
     """
+    row = {**row}
+    for field, kind in (
+        ("bbox", list),
+        ("rle", list),
+        ("conversations", list),
+        ("image_info", dict),
+    ):
+        if row.get(field):
+            row[field] = get(row, field, kind)
     boxes = row.get("bbox")
     if not boxes:
         boxes = [rle_box(row, rle) for rle in row.get("rle") or []]
@@ -261,17 +340,30 @@ def from_spatialrgpt(row):
 def rle_box(row, rle):
     """Box in pixels around a COCO run-length mask.
 
-    Its counts are the lengths of runs of 0 and 1 in turn, column by column: a list, or text.
+    Its counts are the lengths of runs of 0 and 1 in turn, column by column: a list, or text. The
+    mask itself is never made: a few bytes can say that it has ten billion pixels.
     """
     try:
         height, width = rle["size"]
         counts = rle["counts"]
         if isinstance(counts, str):
             counts = read_counts(counts)
-        flat = np.repeat(np.arange(len(counts)) % 2, counts)
-        mask = flat.reshape(width, height).T  # (H, W), 1 = inside
-        ys, xs = np.nonzero(mask)
-        return [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
+        whole = all(type(count) is int and count >= 0 for count in [height, width, *counts])
+        if not whole or sum(counts) != height * width:
+            raise ValueError
+        ends = list(accumulate(counts))
+        runs = [(end - count, end - 1) for end, count in zip(ends[1::2], counts[1::2]) if count]
+        x1, y1 = width, height
+        x2, y2 = 0, 0
+        for first, last in runs:  # pixels
+            x1 = min(x1, first // height)
+            x2 = max(x2, last // height + 1)
+            one_column = first // height == last // height  # else it goes over an edge
+            y1 = min(y1, first % height if one_column else 0)
+            y2 = max(y2, last % height + 1 if one_column else height)
+        if not runs:
+            raise ValueError
+        return [x1, y1, x2, y2]
     except (TypeError, KeyError, ValueError):
         raise BadRow(
             f"{row['source']}: field 'rle': needs COCO masks {{'size', 'counts'}}, none empty"
@@ -279,7 +371,7 @@ def rle_box(row, rle):
 
 
 def read_counts(text):
-    """COCO's text of run lengths -> a list of ints.
+    """COCO's text of run lengths -> a list of ints; ValueError for a number of 60 bits or more.
 
     A character holds 5 bits, the lowest ones of a number first, and a bit that says whether more
     follow. From the fourth number on it is the difference to the number two before, in two's
@@ -292,6 +384,8 @@ def read_counts(text):
         bits = ord(character) - 48
         value |= (bits & 31) << shift
         shift += 5
+        if shift > 60:
+            raise ValueError
         if bits & 32:  # more follow
             continue
         if bits & 16:  # negative
@@ -306,7 +400,8 @@ def read_counts(text):
 
 def from_vsi(row):
     """VSI-Bench asks about videos, which are not read here; its options are "A. chair", ..."""
-    options = [str(option).split(". ", 1)[-1] for option in row.get("options") or []]
+    options = choices_of(row, "options") if row.get("options") else []
+    options = [option.split(". ", 1)[-1] for option in options]
     return {
         "id": row.get("id"),
         "type": get(row, "question_type"),
@@ -317,17 +412,23 @@ def from_vsi(row):
     }
 
 
-BENCHMARKS = {  # which files of a folder are read; how a row is read
-    "spar": ("*.parquet", from_spar),
-    "embspatial": ("embspatial*.json", from_embspatial),
-    "sat": ("*test*.parquet", from_sat),
-    "blink": ("val-*.parquet", from_blink),
-    "cvbench": ("test*.parquet", from_cvbench),
-    "vsi": ("test-*.parquet", from_vsi),
-    "realworldqa": ("*.parquet", from_realworldqa),
-    "erqa": ("*.tfrecord", from_erqa),
-    "spatialrgpt": ("*.jsonl", from_spatialrgpt),
+# Which files of a folder are read, and how a row is read. The first pattern that a file of the
+# folder has counts: the others are the same questions in another format. Where training data or
+# another benchmark may lie beside, the pattern says the name.
+BENCHMARKS = {
+    "spar": (("*.parquet",), from_spar),
+    "embspatial": (("embspatial_bench*.json",), from_embspatial),
+    "sat": (("*test*.parquet",), from_sat),
+    "blink": (("val-*.parquet",), from_blink),
+    "cvbench": (("test*.parquet", "test*.jsonl"), from_cvbench),
+    "vsi": (("test-*.parquet", "test.parquet", "test.jsonl"), from_vsi),
+    "realworldqa": (("*.parquet",), from_realworldqa),
+    "erqa": (("*.tfrecord", "*.parquet", "*.jsonl"), from_erqa),
+    "spatialrgpt": (("*.parquet", "SpatialRGPT-Bench*.json", "*.jsonl"), from_spatialrgpt),
 }
+# data set/snapshots/revision/file, as the hub's downloads lie in their cache
+SNAPSHOT = re.compile(r"(.*/snapshots)/([^/]+)/.*")
+TRAINING_FILE = re.compile(r"(?:^|[^a-z])(?:train|sft)(?:[^a-z]|$)", re.IGNORECASE)
 
 # ----------------------------------------------------------------------------------------------
 # settings
@@ -403,39 +504,93 @@ def raw_rows(benchmark, paths):
     CV-Bench has, becomes its "group".
     """
     rows = []
-    for path in paths:
-        for file in files_of(benchmark, path):
-            folder = os.path.dirname(os.path.abspath(file))
-            for i, row in enumerate(rows_of(file)):
-                own = {"source": f"{file}: row {i}", "folder": folder, "group": row.get("source")}
-                rows.append({**row, **own})
+    files = [file for path in paths for file in files_of(benchmark, path)]
+    for file in each_once(files):
+        folder = os.path.dirname(os.path.abspath(file))
+        for i, row in enumerate(rows_of(file)):
+            own = {"source": f"{file}: row {i}", "folder": folder}
+            rows.append({"group": row.get("source"), **row, **own})
     return rows
 
 
 def files_of(benchmark, path):
-    """A file, or those of the benchmark in a folder."""
-    pattern, _ = BENCHMARKS[benchmark]
-    files = [path]
-    if os.path.isdir(path):
-        anywhere = os.path.join(glob.escape(path), "**", pattern)
-        files = sorted(glob.glob(anywhere, recursive=True))
-    if not files or not os.path.exists(files[0]):
-        raise BadRow(f"--data {path}: no such file, or no {pattern} in that folder")
-    return files
+    """A file, or those of the benchmark in a folder, without files of training data."""
+    if os.path.isfile(path):
+        return [path]
+    patterns, _ = BENCHMARKS[benchmark]
+    for pattern in patterns:
+        files = files_in(path, pattern)
+        files = [file for file in files if not TRAINING_FILE.search(os.path.basename(file))]
+        if files:
+            return files
+    others = [file for kind in ROWS_OF for file in files_in(path, f"*{kind}")]
+    names = [os.path.relpath(file, path) for file in others[:3]]
+    way_out = f"; to read another file of it, name that one: {', '.join(names)}" if names else ""
+    raise BadRow(
+        f"--data {path}: no such file, or no {' or '.join(patterns)} in that folder{way_out}"
+    )
 
 
-def rows_of(file):
-    extension = os.path.splitext(file)[1]
-    if extension == ".parquet":
-        return parquet_rows(file)
-    if extension == ".tfrecord":
-        return tfrecord_rows(file)
-    return json_rows(file)
+def files_in(folder, pattern):
+    """The files in a folder, at any depth, whose names have this pattern, sorted."""
+    anywhere = os.path.join(glob.escape(folder), "**", pattern)
+    return sorted(filter(os.path.isfile, glob.glob(anywhere, recursive=True)))
+
+
+def each_once(files):
+    """The files without those that are another one over again: a link to it, or a copy.
+
+    UserError for files of two revisions in a download cache, since only one of them can count.
+    """
+    kept = []
+    for file in files:
+        same = [other for other in kept if is_same(file, other)]
+        if same:
+            distributed.say(f"{file}: the same as {same[0]}, read once")
+            continue
+        kept.append(file)
+    revisions = {}  # by data set
+    for file in kept:
+        found = SNAPSHOT.fullmatch(os.path.abspath(file))
+        if found and revisions.setdefault(found[1], found[2]) != found[2]:
+            raise UserError(
+                f"--data: {found[1]} holds two revisions, {revisions[found[1]]} and {found[2]}, "
+                "with different files: name the folder of one"
+            )
+    return kept
+
+
+def is_same(file, other):
+    """Is it one file, or two of the same content?"""
+    return os.path.samefile(file, other) or (
+        os.path.getsize(file) == os.path.getsize(other) and filecmp.cmp(file, other, shallow=False)
+    )
+
+
+class JsonRows(Rows):
+    """Rows that keep a "source" of their own, as "group": the reader's takes its place."""
+
+    def read_json(self, i):
+        row = super().read_json(i)
+        return {"group": row.get("source"), **row} if isinstance(row, dict) else row
 
 
 def json_rows(file):
-    rows = Rows(file)
+    rows = JsonRows(file)
     return [rows.read(i) for i in range(len(rows))]
+
+
+ROWS_OF = {  # by the extension of a file's name
+    ".parquet": parquet_rows,
+    ".tfrecord": tfrecord_rows,
+    ".jsonl": json_rows,
+    ".json": json_rows,
+}
+
+
+def rows_of(file):
+    extension = os.path.splitext(file)[1].lower()
+    return ROWS_OF.get(extension, json_rows)(file)
 
 
 def instances_of(benchmark, row):
@@ -458,7 +613,7 @@ def graded(benchmark, row):
         level = level_of(benchmark, row["type"])
     except KeyError:
         raise BadRow(
-            f"{row['source']}: {row['type']!r} is no type of question of {benchmark}"
+            f"{row['source']}: {short(row['type'])} is no type of question of {benchmark}"
         ) from None
     right = score(benchmark, row["answer"], row) == 1
     if row.get("choices"):
@@ -466,8 +621,8 @@ def graded(benchmark, row):
         right = right and (letter is None or index_of(letter) < len(row["choices"]))
     if not right:
         raise BadRow(
-            f"{row['source']}: field 'answer': {row['answer']!r} is no answer of the kind '{rule}' "
-            "(a split whose answers are hidden cannot be scored)"
+            f"{row['source']}: field 'answer': {short(row['answer'])} is no answer of the kind "
+            f"'{rule}' (a split whose answers are hidden cannot be scored)"
         )
     return {**row, "level": level}
 
@@ -748,7 +903,8 @@ def read_responses(settings):
         rows = read(settings.name, settings.data, settings.skip_bad_rows)
     known = {key_of(row): row for row in rows}
     found = {}
-    lines = [line for line in json_rows(settings.score) if "run" not in line]
+    lines = json_rows(settings.score)
+    lines = [line for line in lines if "response" in line or "run" not in line]
     for number, line in enumerate(lines):
         key = checked_key(line, number, known, found)
         if rows:
@@ -768,54 +924,66 @@ def read_responses(settings):
     return sorted(records, key=lambda record: (record["index"], record["path"] != "lor"))
 
 
+ID_FIELDS = ("id", "idx", "question_id")  # as the benchmarks call it
+
+
 def checked_key(line, number, known, found):
     """The key of the question that a line answers; BadRow without a response or such a question.
 
     known: the rows of --data by key, or none at all; found: the records of earlier lines.
     """
-    line_id = str(line.get("id", line.get("idx", number)))
+    fields = [field for field in ID_FIELDS if line.get(field) is not None]
+    line_id = get(line, fields[0]) if fields else str(number)
     path = "dtr" if line.get("path") == "dtr" else "lor"
-    response = line.get("response")
-    if not isinstance(response, str):
-        raise BadRow(f"{line['source']}: field 'response': needs text, not {str(response)[:60]!r}")
+    if not isinstance(line.get("response"), str):  # an empty one is a response, too
+        raise BadRow(
+            f"{line['source']}: field 'response': needs text, not {short(line.get('response'))}"
+        )
     problem = ""
     if (line_id, path) in found:
         problem = "there twice"
     elif known and (line_id, path) not in known:
         problem = "not in --data"
     if problem:
-        raise BadRow(f"{line['source']}: field 'id': {line_id!r} on the path {path!r} is {problem}")
+        raise BadRow(
+            f"{line['source']}: field 'id': {short(line_id)} on the path '{path}' is {problem}"
+        )
     return line_id, path
 
 
 def reordered(row, line):
     """The row with its choices in the order in which the line says that they were shown."""
-    shown = line.get("choices")
-    choices = row["choices"]
+    shown = choices_of(line, "choices") or []
+    choices = row["choices"] or []
     if not shown or not choices or shown == choices:
         return row
-    if not isinstance(shown, list) or sorted(map(str, shown)) != sorted(map(str, choices)):
+    if sorted(shown) != sorted(choices):
         raise BadRow(
             f"{line['source']}: field 'choices': needs the choices of --data in any order, "
-            f"{choices}"
+            f"{short(choices)}"
         )
-    right = choices[index_of(read_choice(row["answer"]))]
+    letter = read_choice(row["answer"])
+    if letter is None:  # the answer is the words of a choice, in any order
+        return {**row, "choices": shown}
+    right = choices[index_of(letter)]
     return {**row, "choices": shown, "answer": letter_of(shown.index(right))}
 
 
 def row_of_line(benchmark, line, number, key):
     """A line that holds its own answer -> a row to score it by."""
     row = {
-        "type": "question",
-        "index": number,
-        "question": "",
-        "choices": None,
-        "group": None,
-        **line,
+        "id": key[0],
+        "answer": get(line, "answer"),
+        "choices": choices_of(line, "choices"),
+        "group": group_of(line) if benchmark == "cvbench" else None,
+        "source": line["source"],
     }
-    row["id"] = key[0]
-    row["answer"] = get(line, "answer")
-    row["group"] = get(line, "group") if benchmark == "cvbench" else None
+    for field, kind, default in (
+        ("type", str, "question"),
+        ("question", str, ""),
+        ("index", int, number),
+    ):
+        row[field] = default if line.get(field) in (None, "") else get(line, field, kind)
     return graded(benchmark, row)
 
 
@@ -849,14 +1017,17 @@ def check(settings):
     if settings.name == "vsi":
         raise UserError("vsi: questions about videos are only scored, with --score FILE.jsonl")
     if not settings.data:
-        pattern, _ = BENCHMARKS[settings.name]
-        raise UserError(f"{settings.name}: needs --data, its files or the folder with {pattern}")
+        patterns, _ = BENCHMARKS[settings.name]
+        raise UserError(
+            f"{settings.name}: needs --data, its files or the folder with {' or '.join(patterns)}"
+        )
 
 
 def show_table(benchmark, table):
     for line in table:
+        name = line["name"] if line["name"].isprintable() else ascii(line["name"])
         distributed.say(
-            f"{line['path']:<4} {line['kind']:<8}{line['name']:<32}{line['n']:>6} "
+            f"{line['path']:<4} {line['kind']:<8}{name[:31]:<32}{line['n']:>6} "
             f"{line['score']:6.3f} ±{line['ci']:.3f}"
         )
     in_words, _ = overall_rule(benchmark)

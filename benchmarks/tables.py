@@ -4,6 +4,7 @@ Parquet needs pyarrow; pictures and depth maps stay on disk until they are asked
 are read without TensorFlow, and both checksums of each record are checked.
 """
 
+import os
 import struct
 from functools import cache, lru_cache, partial
 
@@ -55,7 +56,7 @@ def tfrecord_rows(path):
         while header := file.read(12):
             try:
                 rows.append(read_example(read_message(file, header)))
-            except (IndexError, KeyError, ValueError, struct.error):
+            except (IndexError, KeyError, ValueError, TypeError, AttributeError, struct.error):
                 raise BadRow(
                     f"{path}: record {len(rows)}: wrong length or checksum; download it again"
                 ) from None
@@ -63,9 +64,13 @@ def tfrecord_rows(path):
 
 
 def read_message(file, header):
-    """The bytes of the record whose header was just read; ValueError where a checksum is wrong."""
+    """The bytes of the record whose header was just read.
+
+    ValueError where a checksum is wrong, or the length more than the file holds.
+    """
     length, checksum = struct.unpack("<QI", header)
-    if masked_crc(header[:8]) != checksum:
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    if masked_crc(header[:8]) != checksum or length > left:
         raise ValueError
     message = file.read(length)
     (checksum,) = struct.unpack("<I", file.read(4))
@@ -126,6 +131,7 @@ def read_varint(message, position):
     """The int that is written at a position of a message -> the int, and the next position.
 
     Each byte holds 7 bits, the lowest ones first; its highest bit says that more bytes follow.
+    ValueError for more than ten bytes, which is more than 64 bits.
     """
     value = 0
     shift = 0
@@ -136,6 +142,8 @@ def read_varint(message, position):
         shift += 7
         if byte < 128:
             return value, position
+        if shift == 70:
+            raise ValueError
 
 
 def masked_crc(message):
