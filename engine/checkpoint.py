@@ -42,7 +42,7 @@ import zlib
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -84,9 +84,13 @@ def load_model(name):
     problem = ""
     try:
         loaded = RegionVLM.load(name, shapes_only=distributed.rank() > 0)
-    # It may not be there, be cut off, or be a model of another kind.
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        problem = f"--model {name}: {str(error).splitlines()[0]}"
+    # It may not be there, be cut off, or be something else altogether: a damaged file can raise
+    # anything in the depths of transformers.
+    except Exception as error:  # noqa: BLE001
+        line = (str(error).strip().splitlines() or ["no reason given"])[0]
+        if type(error) is not ValueError:
+            line = f"cannot be loaded ({type(error).__name__}: {line[:150]})"
+        problem = f"--model {name}: {line}"
     distributed.stop_together(problem)
     return loaded
 
