@@ -43,7 +43,14 @@ import eval
 import rewards
 import sft
 from engine import distributed, plan, report, watch
-from engine.checkpoint import Keeper, load_model, resumable_state, save_model
+from engine.checkpoint import (
+    Keeper,
+    hold,
+    load_model,
+    origin_of,
+    resumable_state,
+    save_model,
+)
 from engine.lora import adapters_off, add_adapters
 from engine.settings import parse, run_main, setting
 from engine.shared_prefix import rollout, token_logprobs  # as in model.py, several times as fast
@@ -267,8 +274,9 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
     data.score, which the log always shows. Default: parts["reward"], their weighted sum.
     """
     reward_function = reward_function or whole_reward
+    origin = origin_of(model, getattr(rows, "sources", []))
     learner = set_up(settings, model, tokenizer, processor, rows, device)
-    keeper = Keeper(settings, learner.model, tokenizer, processor, learner.generator)
+    keeper = Keeper(settings, learner.model, tokenizer, processor, origin, learner.generator)
     first_step, position = keeper.begin("GRPO", settings.steps, learner.optimizer)  # 0, 0: fresh
     bar = tqdm(
         range(first_step, settings.steps),
@@ -694,6 +702,7 @@ def main():
     settings = parse(Settings, __doc__)
     device = distributed.setup(settings.seed)
     check(settings)
+    hold(settings.out)
     model, tokenizer, processor = load_start(settings, device)
     side = image_side(processor)
     blend = data.Blend(sources_of(settings, side), settings.seed)

@@ -27,11 +27,11 @@ import os
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     Qwen2VLImageProcessorPil,
+    Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -185,24 +185,18 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
     def load(cls, name, shapes_only=False):
         """A Qwen3-VL, stock or with regions, by hub name or folder -> model, tokenizer, processor.
 
-        The model is in float32; shapes_only: on the meta device, no weights are read. OSError,
-        ValueError or RuntimeError where it cannot be loaded.
+        The model is in float32; shapes_only: on the meta device, no weights are read. ValueError
+        where its parts do not fit together; other errors of transformers where it can't be read.
+        No code of a folder is ever run, and no pickle is read.
         """
-        if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
-            raise ValueError(
-                "no config.json there; give a folder of sft.py or grpo.py, or a Qwen3-VL"
-            )
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type != "qwen3_vl":
-            raise ValueError(f"a {config.model_type} model; only Qwen3-VL is supported")
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = read_config(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-        config.text_config.attention_dropout = 0.0  # scoring in train mode must not drop anything
-        if not hasattr(
-            config, "region_token_id"
-        ):  # a stock checkpoint: its embedding has spare rows
+        if not hasattr(config, "region_token_id"):  # a stock checkpoint
             tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)
             config.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
+        check_tokenizer(tokenizer, config)
+        check_processor(processor, config)
         if shapes_only:
             with torch.device("meta"):
                 model = cls(config)
@@ -210,16 +204,21 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
                 model.generation_config = GenerationConfig.from_pretrained(name)
             except OSError:  # it has none
                 pass
-            return model, tokenizer, processor
-        model, report = cls.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True
-        )
-        new_parts = ("point_embed", "region_proj")
-        missing = [key for key in report["missing_keys"] if not key.startswith(new_parts)]
-        if missing:
-            raise ValueError(
-                f"the weights lack {len(missing)} tensors, first {missing[0]}; file cut off?"
+        else:
+            model, report = cls.from_pretrained(
+                name,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are named below
+                trust_remote_code=False,
+                output_loading_info=True,
             )
+            check_weights(model, report)
+        rows = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:  # most embeddings have spare rows: this one has none for <mask>
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         return model, tokenizer, processor
 
     def encode_images(self, pixel_values, image_grid_thw, points=None, regions=None):
@@ -361,6 +360,82 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
         return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
 
 
+def read_config(name):
+    """The configuration of a Qwen3-VL; ValueError if it is another model, or can't be trained."""
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ValueError("no config.json there; give a folder of sft.py or grpo.py, or a Qwen3-VL")
+    fields, _ = Qwen3VLConfig.get_config_dict(name)
+    kind = fields.get("model_type")
+    if kind != "qwen3_vl":
+        raise ValueError(f"a {kind} model; only Qwen3-VL is supported")
+    if fields.get("quantization_config"):
+        raise ValueError("its weights are quantized (quantization_config); give the original ones")
+    config = Qwen3VLConfig.from_dict(fields)
+    for part, names in (
+        (config.text_config, ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim")),
+        (config.vision_config, ("depth", "hidden_size", "patch_size", "spatial_merge_size")),
+    ):
+        for field in names:
+            value = getattr(part, field, None)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"config.json: {field} is {value}; needs a whole number above 0")
+    config.text_config.attention_dropout = 0.0  # scoring in train mode must not drop anything
+    return config
+
+
+def check_tokenizer(tokenizer, config):
+    """ValueError if it is not the whole tokenizer of this model."""
+    probe = "The red chair (2.5 m) is left of it: yes?\n"
+    if tokenizer.decode(tokenizer(probe)["input_ids"]) != probe:
+        raise ValueError("its tokenizer loses text; is tokenizer.json missing or cut off?")
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    for token, number in ids.items():
+        if number is None or tokenizer(token)["input_ids"] != [number]:
+            raise ValueError(f"its tokenizer has no token {token}; is it of another model?")
+    for token, field in (
+        (IMAGE_PAD, "image_token_id"),
+        (IMAGE_START, "vision_start_token_id"),
+        (REGION_TOKEN, "region_token_id"),
+    ):
+        if ids[token] != getattr(config, field):
+            raise ValueError(
+                f"its tokenizer has {token} as {ids[token]}, "
+                f"config.json says {field} {getattr(config, field)}"
+            )
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise ValueError("its tokenizer has no pad_token or no eos_token")
+
+
+def check_processor(processor, config):
+    """ValueError if it cuts pictures in other patches than the vision tower takes."""
+    for field, of_tower in (
+        ("patch_size", "patch_size"),
+        ("merge_size", "spatial_merge_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+    ):
+        has = getattr(processor, field)
+        needs = getattr(config.vision_config, of_tower)
+        if has != needs:
+            raise ValueError(
+                f"preprocessor_config.json: {field} is {has}, the vision tower has {needs}"
+            )
+
+
+def check_weights(model, report):
+    """ValueError if weights are missing, of another shape, or not finite; report: of loading."""
+    new_parts = ("point_embed", "region_proj")
+    missing = [key for key in report["missing_keys"] if not key.startswith(new_parts)]
+    if missing == ["lm_head.weight"]:
+        raise ValueError("it has no lm_head.weight; config.json should say tie_word_embeddings")
+    if missing:
+        raise ValueError(f"the weights lack {len(missing)} tensors, first {missing[0]}")
+    for name, has, needs in report["mismatched_keys"]:
+        raise ValueError(f"{name} has the shape {tuple(has)}, config.json wants {tuple(needs)}")
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+
+
 def fill(embeds, here, features, what):
     """Put features (K, D) where `here` (B, L) is 1, in order. ValueError unless it is 1 K times.
 
@@ -454,12 +529,17 @@ def take_flash(model):
 def token_rules(model, tokenizer, device):
     """-> stop ids, and banned ids: those that are never sampled.
 
-    A sampled image pad or `<mask>` would stand for an image or a region that is not there.
+    Banned are special tokens, since a sampled image pad or `<mask>` would stand for an image or a
+    region that is not there; and the spare rows of the embedding, which are no token at all: they
+    would earn the reward of a text in which they do not show.
     """
     stop = model.generation_config.eos_token_id
     stop = set(stop) if isinstance(stop, list) else {stop}
     stop = (stop | {tokenizer.eos_token_id}) - {None}
-    banned = set(tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)) - stop
+    banned = set(tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
+    banned |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    banned |= set(range(model.config.text_config.vocab_size)) - set(tokenizer.get_vocab().values())
+    banned -= stop
     stop_ids = torch.tensor(sorted(stop), device=device)
     banned_ids = torch.tensor(sorted(banned), device=device)
     return stop_ids, banned_ids
@@ -489,7 +569,14 @@ def choose_tokens(scores, temperature, generator):
     for some, point in zip(scores.split(at_once), points.split(at_once)):
         mass = some.to(torch.float64, copy=True).exp_().cumsum_(-1)  # (rows, V)
         chosen.append(torch.searchsorted(mass, point * mass[:, -1:], right=True)[:, 0])
-    return torch.cat(chosen)
+    # Beyond the last one: the scores are not finite, which `check_logprobs` tells.
+    return torch.cat(chosen).clamp_max(scores.shape[1] - 1)
+
+
+def check_logprobs(logprobs):
+    """ValueError if those of sampled tokens are not finite."""
+    if not logprobs.isfinite().all():
+        raise ValueError("the model's logits are not finite: its weights are broken, or too large")
 
 
 def enough_have_ended(alive):
@@ -574,6 +661,7 @@ def rollout(
             new[:, None], attention_mask, position, past_key_values=cache, text_only=True
         ).logits
     length = int(mask.sum(1).max())
+    check_logprobs(logprobs)
     return tokens[:, :length], mask[:, :length], logprobs[:, :length], features
 
 

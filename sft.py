@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from engine import distributed, plan, watch
-from engine.checkpoint import Keeper, load_model, save_model
+from engine.checkpoint import Keeper, hold, load_model, origin_of, save_model
 from engine.head import score_tokens
 from engine.settings import parse, run_main, setting
 from formats.errors import UserError
@@ -267,8 +267,9 @@ def train(settings, model, tokenizer, processor, sources, device):
     fill_by_size(settings, batch="batch", lr="sft_lr")
     check(settings)
     plan.check(model, settings, device)
+    origin = origin_of(model, sources)
     model = distributed.shard(model, device, settings.checkpointing)
-    keeper = Keeper(settings, model, tokenizer, processor)
+    keeper = Keeper(settings, model, tokenizer, processor, origin)
     if not settings.model and settings.pretrain:
         first_scene = settings.seed * 10**6
         stages = perception_stages(settings.world_scenes, first_scene, image_side(processor))
@@ -300,6 +301,7 @@ def check(settings):
 def main():
     settings = parse(Settings, __doc__)
     device = distributed.setup(settings.seed)
+    hold(settings.out)
     if settings.model:
         model, tokenizer, processor = load_model(settings.model)
     else:

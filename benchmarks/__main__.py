@@ -23,7 +23,6 @@ import math
 import os
 import random
 import re
-import zlib
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -45,7 +44,7 @@ from benchmarks.scoring import (
 )
 from benchmarks.tables import parquet_rows, tfrecord_rows
 from engine import distributed
-from engine.checkpoint import load_model
+from engine.checkpoint import fingerprint, load_model
 from engine.settings import parse, run_main, setting
 from engine.shared_prefix import rollout
 from eval import mean_interval
@@ -777,15 +776,6 @@ def rows_on_path(rows, path):
     for row in rows:  # the DTR row of a question comes after its LOR row
         best[row["id"]] = best_path(row) if path_of(row) == "dtr" else "lor"
     return [row for row in rows if path_of(row) == best[row["id"]]]
-
-
-def fingerprint(model):
-    """Checksum of the small weights (norms, biases): another training, another number."""
-    crc = 0
-    for weight in model.parameters():
-        if weight.ndim == 1 and distributed.rank() == 0:  # where they were read
-            crc = zlib.crc32(weight.detach().cpu().numpy().tobytes(), crc)
-    return distributed.gather([crc])[0]
 
 
 def answer(model, tokenizer, processor, rows, device, settings, file, about):

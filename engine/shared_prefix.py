@@ -35,7 +35,14 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb
 
 from engine.head import score_tokens
-from model import allowed_logits, choose_tokens, encode_prompts, enough_have_ended
+from formats.errors import UserError
+from model import (
+    allowed_logits,
+    check_logprobs,
+    choose_tokens,
+    encode_prompts,
+    enough_have_ended,
+)
 
 
 @torch.no_grad()
@@ -85,6 +92,10 @@ def rollout(
             logits = run_token(new, position)
             position = position + 1
     length = int(mask.sum(1).max())
+    try:
+        check_logprobs(logprobs)
+    except ValueError as error:
+        raise UserError(str(error)) from None
     return tokens[:, :length], mask[:, :length], logprobs[:, :length], features
 
 

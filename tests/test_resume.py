@@ -341,7 +341,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_line(file, size, tokenizer, unbr
     harmed = out / "checkpoints" / "step_000008" / file
     harmed.unlink() if size is None else os.truncate(harmed, size)
     assert finish("sft", tokenizer, out, resume=True) == 0
-    assert f"step_000008: {file} is missing or cut off" in said(out) and "resumed from" in said(out)
+    assert f"step_000008: {file} is missing or damaged" in said(out) and "resumed from" in said(out)
     assert_equal(out, "sft", unbroken)
 
 
@@ -367,7 +367,7 @@ def test_the_one_command_that_cold_starts_and_trains_resumes_in_either_stage(tok
             lines = sum(log.read_text().count("\n") for log in logs if log.exists())
         os.kill(pid, signal.SIGKILL)
         assert wait(pid) == -signal.SIGKILL
-        stages.add((outs[1] / "out" / "grpo").exists())
+        stages.add((outs[1] / "out" / "grpo" / "metrics.jsonl").exists())
     assert stages == {False, True} and finish("both", tokenizer, outs[1], resume=True) == 0, said(
         outs[1]
     )
@@ -494,7 +494,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(tokenizer, tmp_path):
     *_, last = said(outs[1]).splitlines()
     assert last.startswith("error: 3 updates in a row not finite") and "cold start, step 3" in last
     assert [line.get("skipped") for line in metrics(outs[1])] == [None, 1, 2, None, 3, 4]
-    assert checkpoint.newest(str(outs[1]))["done"] == 6  # whole, and of steps before the stop
+    assert checkpoint.newest(str(outs[1]), False)["done"] == 4  # none is saved in a bad streak
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tokenizer, unbroken, tmp_path):
@@ -868,3 +868,165 @@ def test_the_plan_of_a_known_size_and_what_it_advises():
         tip in advice
         for tip in ("--lora 16", "--checkpointing", "--rollout_prompts 32", "--micro_tokens 2048")
     )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints that say what they are
+
+
+def flip_a_bit(path):
+    with open(path, "r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 16]))
+
+
+def take_another_steps_file(path):
+    shutil.copy(str(path).replace("step_000008", "step_000006"), path)
+
+
+@pytest.mark.parametrize("harm", [flip_a_bit, take_another_steps_file])
+def test_a_file_that_is_not_the_one_that_was_saved_is_noticed(harm, tokenizer, unbroken, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken[0] / "sft", out)
+    harm(out / "checkpoints" / "step_000008" / "rank_0.safetensors")
+    assert finish("sft", tokenizer, out, resume=True) == 0
+    assert "step_000008: rank_0.safetensors is missing or damaged" in said(out)
+    assert_equal(out, "sft", unbroken)
+
+
+STATES = {
+    "no field": lambda state: state.pop("position"),
+    "another type": lambda state: state.update(done="8"),
+    "a truth value": lambda state: state.update(step=True),
+    "below zero": lambda state: state.update(step=-1),
+    "a list of settings": lambda state: state.update(settings=[]),
+    "of another step": lambda state: state.update(done=7),
+    "no ranks": lambda state: state.update(world=0),
+    "too many ranks": lambda state: state.update(world=10**12),
+    "a file elsewhere": lambda state: state["files"].update({"../../metrics.jsonl": 1}),
+    "not finite": lambda state: state.update(seconds=math.inf),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_no_run_wrote_is_damage(name, unbroken, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken[0] / "sft", out)
+    file = out / "checkpoints" / "step_000008" / "state.json"
+    state = json.loads(file.read_text())
+    STATES[name](state)
+    file.write_text(json.dumps(state))
+    for stray in ("step_000009.txt", "step_x", "notes", "step_00001"):
+        (out / "checkpoints" / stray).mkdir()
+    assert checkpoint.newest(str(out), True)["done"] == 6
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_damaged_checkpoint_never_pushes_out_a_whole_one(tokenizer, unbroken, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken[0] / "sft", out)
+    os.rename(out / "checkpoints" / "step_000008", out / "checkpoints" / "step_000300")
+    assert finish("sft", tokenizer, out, resume=True, keep=1) == 0
+    folders = sorted(os.listdir(out / "checkpoints"))
+    assert folders == ["step_000008", "step_000300"]  # the new one, and the one that is damaged
+    assert checkpoint.newest(str(out), True)["done"] == 8
+
+
+@pytest.mark.parametrize("what", ["weights", "rows"])
+def test_a_run_that_started_from_something_else_is_not_resumed(what, tokenizer, unbroken, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken[0] / "sft", out)
+
+    def change():
+        global make_model, ROWS
+        if what == "weights":
+            first = make_model
+            make_model = lambda *args, **kwargs: first(args[0], 1, **kwargs)
+        else:
+            ROWS = ROWS[::-1]
+
+    assert finish("sft", tokenizer, out, resume=True, before=change) == 2
+    (line,) = [line for line in said(out).splitlines() if line.startswith("error")]
+    name = "--model" if what == "weights" else "data all"
+    assert f"{name} is not what this run started from" in line
+    assert result(out) == result(unbroken[0] / "sft")  # nothing was changed
+
+
+def test_a_fingerprint_changes_with_any_weight_and_with_nothing_else(tokenizer, tmp_path):
+    model = make_model(tokenizer, dtype=torch.float32)
+    first = checkpoint.fingerprint(model)
+    for part in (model, tokenizer, make_processor()):
+        part.save_pretrained(tmp_path)
+    assert checkpoint.fingerprint(load_model(str(tmp_path))[0]) == first
+    for parameter in model.parameters():
+        before = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.mul_(1.001).add_(1e-3)
+        assert checkpoint.fingerprint(model) != first
+        parameter.data = before
+    assert checkpoint.fingerprint(model) == first
+
+
+def test_weights_that_are_not_finite_are_never_saved(tokenizer, tmp_path):
+    distributed.setup(0)
+    try:
+        model = distributed.shard(make_model(tokenizer, dtype=torch.float32), CPU)
+        with torch.no_grad():
+            model.model.language_model.norm.weight[3] = math.nan
+        with pytest.raises(ValueError, match=r"language_model.norm.weight is not finite"):
+            checkpoint.save_model(model, tokenizer, make_processor(), str(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path):
+    out, lock = tmp_path / "out", tmp_path / "out" / ".lock"
+    ready, told = os.pipe()
+    other = fork()
+    if other == 0:
+        try:
+            checkpoint.hold(str(out))
+            os.write(told, b"1")
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    os.read(ready, 1)
+    with pytest.raises(ValueError, match=rf"another run writes there \(pid {other} on "):
+        checkpoint.hold(str(out))
+    os.kill(other, signal.SIGKILL)
+    os.waitid(os.P_PID, other, os.WEXITED | os.WNOWAIT)  # dead, though nobody has been told
+    checkpoint.hold(str(out))
+    checkpoint.hold(str(out))  # and by the same run again
+    assert json.loads(lock.read_text())["pid"] == os.getpid()
+    wait(other)
+
+    elsewhere = {"host": "elsewhere", "pid": 1, "began": 1}
+    lock.write_text(json.dumps(elsewhere))
+    with pytest.raises(ValueError, match="pid 1 on elsewhere"):
+        checkpoint.hold(str(out))
+    hours_ago = time.time() - 2 * checkpoint.LOCK_HOLDS
+    os.utime(lock, (hours_ago, hours_ago))
+    checkpoint.hold(str(out))
+    for nonsense in ("", "{}", "[1]", '{"host": 1, "pid": "x", "began": null}'):
+        lock.write_text(nonsense)
+        checkpoint.hold(str(out))
+
+
+def test_a_folder_of_the_user_beside_the_output_is_left_alone(tokenizer, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    assert finish("sft", tokenizer, tmp_path / "out", pretrain=0, steps=1, save_every=0) == 0
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+    assert not (tmp_path / "out" / ".partial").exists()
+
+
+def test_a_checkpoint_beyond_the_steps_that_are_asked_for_is_one_line(
+    tokenizer, unbroken, tmp_path
+):
+    out = tmp_path / "out"
+    shutil.copytree(unbroken[0] / "grpo", out)
+    assert finish("grpo", tokenizer, out, resume=True, steps=2) == 2
+    assert "is of step 4 of the GRPO, which has 2 now" in said(out)
