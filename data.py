@@ -329,6 +329,9 @@ def score(row, response):
 # sources: (name, rows, weight); those of the embedded world are in world/sources.py
 
 
+MOST_ROWS = 10**8  # of a source in an epoch; a blend of so many takes 5 GB
+
+
 def user_sources(settings):
     """The sources of --data and --scenes; an empty list without either."""
     sources = [file_source(spec, settings.skip_bad_rows) for spec in settings.data]
@@ -345,9 +348,15 @@ def file_source(spec, skip_bad_rows=False):
         weight = float(weight or 1)
     except ValueError:
         raise BadRow(f"--data {spec}: needs FILE or FILE*weight, weight a number") from None
+    if not 0 < weight < math.inf:
+        raise BadRow(f"--data {spec}: needs a weight above 0, and a finite one")
     rows = Rows(path, skip_bad_rows)
-    if not list(islice(rows, 20)) or not weight > 0:
-        raise BadRow(f"--data {spec}: no usable row, or a weight of 0")
+    if len(rows) * weight > MOST_ROWS:
+        raise BadRow(
+            f"--data {spec}: an epoch of {len(rows) * weight:.3g} rows; {MOST_ROWS:,} are the most"
+        )
+    if not list(islice(rows, 20)):
+        raise BadRow(f"--data {spec}: no usable row")
     return os.path.basename(path), rows, weight
 
 

@@ -43,7 +43,7 @@ from formats.instances import (
 )
 from model import decode, token_rules
 from world.questions import GENERAL_FAMILIES, REGION_FAMILIES
-from world.sources import held_out
+from world.sources import MOST_QUESTIONS, held_out
 from world.tiny import image_side
 from world.transfer import VARIANTS
 
@@ -60,37 +60,71 @@ RESPONSE_FIELDS = {
 @dataclass
 class Settings:
     # who is asked what
-    model: str = setting("out/grpo", "folder of this project or a stock Qwen3-VL")
+    model: str = setting(
+        "out/grpo", "folder of this project or a stock Qwen3-VL", not_with=("compare",)
+    )
     data: list = setting([], "instance files to answer instead of the embedded world")
     scenes: str = setting("", "scenes.jsonl: ask every question that these pictures allow")
-    skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
+    skip_bad_rows: bool = setting(
+        False, "count and list bad rows instead of stopping at the first", only_with=("data",)
+    )
     questions: int = setting(
-        1320, "embedded world: held-out questions; each is asked on both paths"
+        1320,
+        "embedded world: held-out questions; each is asked on both paths",
+        at_least=1,
+        at_most=MOST_QUESTIONS,
+        not_with=("data", "scenes", "compare"),
     )
     world: str = setting(
         "",
         "another embedded world than the trained one: view, tilt, crowd, shades, wording "
         "(world/transfer.py)",
         ("", *VARIANTS),
+        not_with=("data", "scenes", "compare"),
     )
     path: str = setting(
         "both",
         "lor, dtr, both, or auto: dtr for regions and geometry, lor otherwise",
         ("lor", "dtr", "both", "auto"),
+        not_with=("compare",),
     )
     # how
-    temperature: float = setting(0.0, "0 is greedy (paper: 0.5 in validation)")
-    max_new_tokens: int = setting(160, "longest response (paper: 2048)")
-    batch: int = setting(240, "prompts at once on a rank")
-    seed: int = setting(0, "seed of the sampling at temperatures above 0")
+    temperature: float = setting(
+        0.0,
+        "0 is greedy (paper: 0.5 in validation)",
+        at_least=0.01,
+        at_most=100,
+        also=0,
+        not_with=("compare",),
+    )
+    max_new_tokens: int = setting(
+        160,
+        "longest response, tokens (paper: 2048)",
+        at_least=1,
+        at_most=100_000,
+        not_with=("compare",),
+    )
+    batch: int = setting(240, "prompts at once on a rank", at_least=1, not_with=("compare",))
+    seed: int = setting(
+        0,
+        "seed of the sampling at temperatures above 0",
+        at_least=0,
+        below=distributed.MOST_SEEDS,
+        not_with=("compare",),
+    )
     attention: str = setting(
         "auto",
         "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed",
         ("auto", "sdpa", "flash"),
+        not_with=("compare",),
     )
     # what comes out
-    json: str = setting("", "file for the table and every response with its reward parts")
-    show: str = setting("", "folder for a picture per question: regions, centres, response")
+    json: str = setting(
+        "", "file for the table and every response with its reward parts", not_with=("compare",)
+    )
+    show: str = setting(
+        "", "folder for a picture per question: regions, centres, response", not_with=("compare",)
+    )
     compare: list = setting(
         [], "JSON files of earlier evaluations: only print them side by side, and what changed"
     )
@@ -98,6 +132,7 @@ class Settings:
     runs: list = setting(
         [],
         "report: folders whose metrics.jsonl it draws; empty: the model's, or the compared files'",
+        only_with=("report",),
     )
 
 
@@ -511,8 +546,15 @@ def evaluate(settings, rows):
         report.write(settings.report, named, rows, settings.runs or [settings.model])
 
 
+def check_flags(settings, asked):
+    """UserError for flags that do not go together; asked: see engine.settings.parse."""
+    for name in ("data", "scenes"):
+        if name in asked and settings.compare and not settings.report:
+            raise UserError(f"--{name}: has no effect with --compare, but for --report")
+
+
 def main():
-    settings = parse(Settings, __doc__, moved=MOVED)
+    settings = parse(Settings, __doc__, moved=MOVED, check=check_flags)
     sources = data.user_sources(settings)
     rows = [row for _, of_source, _ in sources for row in of_source]
     if settings.compare:

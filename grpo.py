@@ -57,8 +57,10 @@ from engine.shared_prefix import rollout, token_logprobs  # as in model.py, seve
 from formats.errors import UserError
 from formats.instances import centers_of
 from model import decode, join_features, split_features, token_rules
-from world.sources import FRESH, held_out, rl_blend
-from world.tiny import fill_by_size, image_side, new_model, size_plan
+from world.sources import FRESH, MOST_FRESH, MOST_QUESTIONS, held_out, rl_blend
+from world.tiny import SIZES, check_size, fill_by_size, image_side, new_model
+
+COLD_START = "out/sft"  # the folder of the model that this program makes where there is none
 
 
 @dataclass
@@ -66,76 +68,132 @@ class Settings:
     # what is trained, on what
     out: str = setting("out/grpo", "folder for the model, metrics.jsonl and the evaluations")
     model: str = setting(
-        "out/sft", "cold start; made first where it is missing and --data not given"
+        COLD_START, "cold start; made first where it is missing and --data not given"
     )
-    size: str = setting("tiny", "size of a new model: tiny (1.2 M parameters), small, base")
+    size: str = setting("tiny", "size of a new model; tiny: 1.2 M parameters", tuple(SIZES))
     data: list = setting([], "instance files, FILE or FILE*weight; empty: the embedded world")
     scenes: str = setting("", "scenes.jsonl: train on questions about these pictures")
-    skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
+    skip_bad_rows: bool = setting(
+        False, "count and list bad rows instead of stopping at the first", only_with=("data",)
+    )
     path: str = setting(
-        "both", "embedded world: train lor, dtr or both (paper: both)", ("lor", "dtr", "both")
+        "both",
+        "embedded world: train lor, dtr or both (paper: both)",
+        ("lor", "dtr", "both"),
+        not_with=("data", "scenes"),
     )
     detection: str = setting(
         "shared",
         "DTR's detection reward; shared: divided by objects or boxes, the more; boxes: by boxes, "
         "as the release does; none: 0.8 accuracy + 0.2 format",
         ("shared", "boxes", "none"),
+        not_with=("path=lor",),
     )
-    seed: int = setting(0, "seed of data order and sampling")
+    seed: int = setting(
+        0, "seed of data order and sampling", at_least=0, below=distributed.MOST_SEEDS
+    )
     # a step
-    steps: int = setting(80, "rollout steps (paper: 600)")
-    prompts: int = setting(0, "prompts per step, all ranks; 0: by --size, tiny 48 (paper: 512)")
-    group_size: int = setting(8, "responses per prompt, G (paper: n = 5)")
-    minibatches: int = setting(4, "optimizer steps per rollout, one pass over it (paper: 4)")
-    temperature: float = setting(1.0, "of sampling and of the scored distribution (paper: 1.0)")
-    max_new_tokens: int = setting(160, "longest response (paper: 2048)")
+    steps: int = setting(80, "rollout steps (paper: 600)", at_least=1)
+    prompts: int = setting(
+        0,
+        "prompts per step, all ranks; 0: by --size, tiny 48 (paper: 512)",
+        at_least=0,
+        at_most=10**6,
+    )
+    group_size: int = setting(8, "responses per prompt, G (paper: n = 5)", at_least=2, at_most=1024)
+    minibatches: int = setting(
+        4, "optimizer steps per rollout, one pass over it (paper: 4)", at_least=1, at_most=1000
+    )
+    temperature: float = setting(
+        1.0, "of sampling and of the scored distribution (paper: 1.0)", at_least=0.01, at_most=100
+    )
+    max_new_tokens: int = setting(
+        160, "longest response, tokens (paper: 2048)", at_least=1, at_most=100_000
+    )
     filter: str = setting(
         "spread",
         "groups to keep; spread: rewards differ; mean: the paper's 0.2 < mean < 0.99; none: all",
         ("spread", "mean", "none"),
     )
-    min_std: float = setting(0.01, "spread: least standard deviation of a group's rewards")
-    rounds: int = setting(1, "most rollout rounds per step, to replace dropped groups (paper: 30)")
+    min_std: float = setting(
+        0.01,
+        "spread: least standard deviation of a group's rewards",
+        at_least=0,
+        at_most=1,
+        only_with=("filter=spread",),
+    )
+    rounds: int = setting(
+        1,
+        "most rollout rounds per step, to replace dropped groups (paper: 30)",
+        at_least=1,
+        at_most=1000,
+        not_with=("filter=none",),
+    )
     # the update
     lr: float = setting(
-        0.0, "constant; 0: 4e-5; above 0.3 B parameters 1e-6, the paper's; with --lora 1e-5"
+        0.0,
+        "constant; 0: 4e-5; above 0.3 B parameters 1e-6, the paper's; with --lora 1e-5",
+        at_least=0,
+        at_most=1,
     )
-    weight_decay: float = setting(0.01, "of AdamW (paper: 0.01)")
-    clip: float = setting(1.0, "largest gradient norm (paper: 1.0)")
-    clip_low: float = setting(0.2, "ratio is clipped at 1 - this (paper: 0.2)")
-    clip_high: float = setting(0.3, "and at 1 + this (paper: 0.3)")
-    dual_clip: float = setting(3.0, "a negative advantage costs at most this times it (paper: 3.0)")
-    kl: float = setting(0.02, "weight of the KL to the cold start; 0: no reference (paper: 0.01)")
-    lora: int = setting(0, "rank of adapters on the language model; 0: train all its weights")
+    weight_decay: float = setting(0.01, "of AdamW (paper: 0.01)", at_least=0, at_most=1)
+    clip: float = setting(1.0, "largest gradient norm (paper: 1.0)", above=0)
+    clip_low: float = setting(
+        0.2, "ratio is clipped at 1 - this (paper: 0.2)", at_least=0, at_most=1
+    )
+    clip_high: float = setting(0.3, "and at 1 + this (paper: 0.3)", at_least=0)
+    dual_clip: float = setting(
+        3.0, "a negative advantage costs at most this times it (paper: 3.0)", at_least=1
+    )
+    kl: float = setting(
+        0.02,
+        "weight of the KL to the cold start; 0: no reference (paper: 0.01)",
+        at_least=0,
+        at_most=1000,
+    )
+    lora: int = setting(
+        0,
+        "rank of adapters on the language model; 0: train all its weights",
+        at_least=0,
+        at_most=1024,
+    )
     train_vision: bool = setting(False, "also train the vision side (paper: frozen)")
     # the machine
     rollout_prompts: int = setting(
-        0, "prompts of a rank that are rolled out at once; 0: all; bounds the KV cache"
+        0, "prompts of a rank that are rolled out at once; 0: all; bounds the KV cache", at_least=0
     )
-    micro_tokens: int = setting(6144, "most tokens of one training pass on a rank; bounds memory")
+    micro_tokens: int = setting(
+        6144, "most tokens of one training pass on a rank; bounds memory", at_least=1
+    )
     checkpointing: bool = setting(False, "recompute activations in backward; a third slower")
     attention: str = setting(
         "auto",
         "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed",
         ("auto", "sdpa", "flash"),
     )
-    workers: int = setting(-1, "loader processes per rank; -1: 4 on CUDA, else none")
+    workers: int = setting(
+        -1, "loader processes per rank; -1: 4 on CUDA, else none", at_least=-1, at_most=256
+    )
     # keeping and telling
     questions: int = setting(
         -1,
         "held-out questions of the embedded world to evaluate on, on both paths; 0: no evaluation; "
         "-1: 1320, or none with --data or --scenes",
+        at_least=-1,
+        at_most=MOST_QUESTIONS,
     )
-    show_every: int = setting(10, "steps between printed responses; 0: none")
+    show_every: int = setting(10, "steps between printed responses; 0: none", at_least=0)
     save_every: int = setting(
-        20, "steps between checkpoints, and one at the end; 0: only at a signal"
+        20, "steps between checkpoints, and one at the end; 0: only at a signal", at_least=0
     )
-    keep: int = setting(2, "checkpoints to keep, the newest ones")
+    keep: int = setting(2, "checkpoints to keep, the newest ones", at_least=1)
     resume: bool = setting(
         False, "go on from the newest whole checkpoint in --out, if there is one"
     )
-    tensorboard: bool = setting(False, "also write the metrics for TensorBoard")
-    wandb: bool = setting(False, "also send the metrics to wandb")
+    tensorboard: bool = setting(
+        False, "also write the metrics for TensorBoard", package="tensorboard"
+    )
+    wandb: bool = setting(False, "also send the metrics to wandb", package="wandb")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -591,28 +649,39 @@ REWARD_FUNCTIONS = {
 # the program
 
 
+def check_flags(settings, asked):
+    """UserError for flags that do not go together; asked: see engine.settings.parse."""
+    if settings.lora and settings.train_vision:
+        raise UserError(
+            "--lora trains adapters of the language model only; leave --train_vision out"
+        )
+    if settings.data and is_made_first(settings):
+        raise UserError("--model: is needed with --data, a model that sft.py made with --data")
+    if "size" in asked and not is_made_first(settings):
+        check_size(settings)
+    sft.check_folders(settings)
+
+
+def is_made_first(settings):
+    """Is there no cold start yet where this program would make one?"""
+    missing = not os.path.isfile(os.path.join(settings.model, "config.json"))
+    return missing and settings.model == COLD_START
+
+
 def check(settings):
-    """UserError for settings that do not go together; fills in those that depend on others."""
+    """Fill in the settings that depend on others; UserError where they can't be met."""
     fill_by_size(settings, prompts="prompts")
     ranks = distributed.world_size()
     if settings.prompts % ranks:
         raise UserError(
             f"--prompts {settings.prompts}: not divisible by {ranks} processes; use a multiple"
         )
-    for name in ("steps", "minibatches", "rounds", "max_new_tokens"):
-        if getattr(settings, name) < 1:
-            raise UserError(f"--{name} {getattr(settings, name)}: needs at least 1")
-    if settings.group_size < 2:
+    of_world = not settings.data and not settings.scenes
+    if of_world and questions_of_run(settings) > MOST_FRESH:
         raise UserError(
-            f"--group_size {settings.group_size}: needs at least 2 responses to compare"
-        )
-    if settings.temperature <= 0:
-        raise UserError(
-            f"--temperature {settings.temperature}: needs more than 0, or all are equal"
-        )
-    if settings.lora and settings.train_vision:
-        raise UserError(
-            "--lora trains adapters of the language model only; leave --train_vision out"
+            f"--prompts {settings.prompts} --steps {settings.steps} --rounds {settings.rounds}: "
+            f"{questions_of_run(settings):,} questions of the embedded world; "
+            f"{MOST_FRESH:,} are the most"
         )
     if settings.questions < 0:
         settings.questions = 0 if settings.data or settings.scenes else 1320
@@ -641,9 +710,14 @@ def cold_start(settings, device):
     sft.train(made, model, tokenizer, processor, sources, device)
 
 
+def questions_of_run(settings):
+    """The most that a run may ask."""
+    return settings.prompts * settings.steps * settings.rounds
+
+
 def sources_of(settings, side):
     """The sources of --data and --scenes, or fresh questions of the embedded world, none twice."""
-    count = settings.prompts * settings.steps * settings.rounds
+    count = questions_of_run(settings)
     first_scene = FRESH + settings.seed * 10**7
     world = rl_blend(count, first_scene, side, settings.path)
     return data.user_sources(settings) or world
@@ -651,18 +725,9 @@ def sources_of(settings, side):
 
 def load_start(settings, device):
     """The model to start from -> model, tokenizer, processor; made first where there is none."""
-    missing = not os.path.isfile(os.path.join(settings.model, "config.json"))
-    if missing and settings.model == "out/sft":
-        if settings.data:
-            raise UserError("--model: is needed with --data, a model that sft.py made with --data")
+    if is_made_first(settings):
         cold_start(settings, device)
     model, tokenizer, processor = load_model(settings.model)
-    width = model.config.text_config.hidden_size
-    if settings.size != "tiny" and width != size_plan(settings.size)["text"][0]:
-        raise UserError(
-            f"--size {settings.size}: {settings.model} is of another size; make one by "
-            f"sft.py --size {settings.size} --out DIR, and give it with --model DIR"
-        )
     distributed.use_attention(model, settings.attention)
     return model, tokenizer, processor
 
@@ -699,7 +764,7 @@ def evaluate_end(settings, model, tokenizer, processor, questions, device, befor
 
 
 def main():
-    settings = parse(Settings, __doc__)
+    settings = parse(Settings, __doc__, check=check_flags)
     device = distributed.setup(settings.seed)
     check(settings)
     hold(settings.out)

@@ -20,6 +20,7 @@ Dimensions: B rows of a micro-batch, L tokens, V vocabulary.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from itertools import islice
 
@@ -33,8 +34,8 @@ from engine.checkpoint import Keeper, hold, load_model, origin_of, save_model
 from engine.head import score_tokens
 from engine.settings import parse, run_main, setting
 from formats.errors import UserError
-from world.sources import cold_start_blend, perception_stages
-from world.tiny import fill_by_size, image_side, new_model
+from world.sources import SCENES_OF_SEED, cold_start_blend, perception_stages
+from world.tiny import SIZES, check_size, fill_by_size, image_side, new_model
 
 
 @dataclass
@@ -44,40 +45,66 @@ class Settings:
     model: str = setting(
         "", "stock Qwen3-VL or a folder; empty: a small new model (paper: NVILA-Lite-8B)"
     )
-    size: str = setting("tiny", "size of a new model: tiny (1.2 M parameters), small, base")
+    size: str = setting("tiny", "size of a new model; tiny: 1.2 M parameters", tuple(SIZES))
     data: list = setting([], "instance files, FILE or FILE*weight; empty: the embedded world")
-    skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
+    skip_bad_rows: bool = setting(
+        False, "count and list bad rows instead of stopping at the first", only_with=("data",)
+    )
     scenes: str = setting("", "scenes.jsonl: train on traces made from these annotated pictures")
-    world_scenes: int = setting(4000, "embedded world: number of scenes")
+    world_scenes: int = setting(
+        4000, "embedded world: number of scenes", at_least=1, at_most=SCENES_OF_SEED
+    )
     traces: int = setting(
-        1000, "embedded world: scenes with reasoning traces (real ones are scarce too)"
+        1000,
+        "embedded world: scenes with reasoning traces (real ones are scarce too)",
+        at_least=1,
+        at_most=SCENES_OF_SEED,
+        not_with=("data", "scenes", "blend=none"),
     )
     blend: str = setting(
         "all",
         "embedded world: all; cot: only traces; grounding: only the rest; none: no cold start",
         ("all", "cot", "grounding", "none"),
+        not_with=("data", "scenes"),
     )
-    seed: int = setting(0, "seed of weights, data order and sampling")
+    seed: int = setting(
+        0, "seed of weights, data order and sampling", at_least=0, below=distributed.MOST_SEEDS
+    )
     # how long, how fast
     pretrain: int = setting(
-        1050, "steps of perception for a new model, in place of a stock VLM's pretraining"
+        1050,
+        "steps of perception for a new model, in place of a stock VLM's pretraining",
+        at_least=0,
+        not_with=("model",),
     )
-    steps: int = setting(1300, "optimizer steps of the cold start (paper: 2 epochs)")
+    steps: int = setting(
+        1300,
+        "optimizer steps of the cold start (paper: 2 epochs)",
+        at_least=1,
+        not_with=("blend=none",),
+    )
     batch: int = setting(
-        0, "rows per optimizer step, all ranks together; 0: by --size, tiny 64 (paper: 512)"
+        0,
+        "rows per optimizer step, all ranks together; 0: by --size, tiny 64 (paper: 512)",
+        at_least=0,
+        at_most=10**6,
     )
     micro_tokens: int = setting(
-        2048, "most tokens, with padding, of one forward pass on a rank; bounds memory"
+        2048, "most tokens, with padding, of one forward pass on a rank; bounds memory", at_least=1
     )
     lr: float = setting(
         0.0,
         "peak learning rate, cosine to 0; 0: by --size, tiny 2e-3; above 0.3 B parameters 5e-6, "
         "the paper's",
+        at_least=0,
+        at_most=1,
     )
-    warmup: float = setting(0.03, "share of the steps (paper: 0.03)")
-    weight_decay: float = setting(0.0, "of AdamW (paper: 0)")
-    beta2: float = setting(0.98, "of AdamW; short runs forget gradients sooner (paper: 0.999)")
-    clip: float = setting(1.0, "largest gradient norm (paper: 1.0)")
+    warmup: float = setting(0.03, "share of the steps (paper: 0.03)", at_least=0, at_most=1)
+    weight_decay: float = setting(0.0, "of AdamW (paper: 0)", at_least=0, at_most=1)
+    beta2: float = setting(
+        0.98, "of AdamW; short runs forget gradients sooner (paper: 0.999)", at_least=0, below=1
+    )
+    clip: float = setting(1.0, "largest gradient norm (paper: 1.0)", above=0)
     # the machine
     checkpointing: bool = setting(
         False, "recompute activations in the backward pass (paper: on); a third slower"
@@ -87,17 +114,23 @@ class Settings:
         "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed",
         ("auto", "sdpa", "flash"),
     )
-    workers: int = setting(-1, "loader processes per rank; -1: 4 on CUDA, else none")
+    workers: int = setting(
+        -1, "loader processes per rank; -1: 4 on CUDA, else none", at_least=-1, at_most=256
+    )
     # keeping and telling
     save_every: int = setting(
-        100, "steps between checkpoints, and one at the end; 0: only when stopped by a signal"
+        100,
+        "steps between checkpoints, and one at the end; 0: only when stopped by a signal",
+        at_least=0,
     )
-    keep: int = setting(2, "checkpoints to keep, the newest ones")
+    keep: int = setting(2, "checkpoints to keep, the newest ones", at_least=1)
     resume: bool = setting(
         False, "go on from the newest whole checkpoint in --out; from the start if there is none"
     )
-    tensorboard: bool = setting(False, "also write the metrics for TensorBoard")
-    wandb: bool = setting(False, "also send the metrics to wandb")
+    tensorboard: bool = setting(
+        False, "also write the metrics for TensorBoard", package="tensorboard"
+    )
+    wandb: bool = setting(False, "also send the metrics to wandb", package="wandb")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -167,7 +200,7 @@ def sources_of(settings, side):
 
     side: of the embedded world's pictures, pixels.
     """
-    first_scene = settings.seed * 10**6
+    first_scene = settings.seed * SCENES_OF_SEED
     world = cold_start_blend(settings.traces, settings.world_scenes, first_scene, side)
     traces = [source for source in world if source[0].startswith(("lor_", "dtr_"))]
     others = [source for source in world if source not in traces]
@@ -264,14 +297,14 @@ def train(settings, model, tokenizer, processor, sources, device):
     """The whole stage -> the trained, sharded model. A new model learns some perception first."""
     if not settings.lr and distributed.is_large(model):
         settings.lr = 5e-6  # the paper's
-    fill_by_size(settings, batch="batch", lr="sft_lr")
     check(settings)
+    fill_by_size(settings, lr="sft_lr")
     plan.check(model, settings, device)
     origin = origin_of(model, sources)
     model = distributed.shard(model, device, settings.checkpointing)
     keeper = Keeper(settings, model, tokenizer, processor, origin)
     if not settings.model and settings.pretrain:
-        first_scene = settings.seed * 10**6
+        first_scene = settings.seed * SCENES_OF_SEED
         stages = perception_stages(settings.world_scenes, first_scene, image_side(processor))
         done = 0
         for i, (share_done, perception) in enumerate(stages, 1):
@@ -287,10 +320,29 @@ def train(settings, model, tokenizer, processor, sources, device):
     return model
 
 
+def check_flags(settings, asked):
+    """UserError for flags that do not go together; asked: see engine.settings.parse."""
+    if settings.model and "size" in asked:
+        check_size(settings)
+    check_folders(settings)
+    if settings.blend == "none" and settings.model:
+        raise UserError(f"--blend none: leaves nothing to train {settings.model} on")
+    learns_perception = settings.pretrain and not settings.model
+    of_user = settings.data or settings.scenes
+    of_all_scenes = not of_user and settings.blend in ("all", "grounding")
+    if "world_scenes" in asked and not learns_perception and not of_all_scenes:
+        raise UserError("--world_scenes: has no effect, nothing is trained on the embedded world")
+
+
+def check_folders(settings):
+    """UserError where the new model would replace the one that it starts from."""
+    if settings.model and os.path.realpath(settings.model) == os.path.realpath(settings.out):
+        raise UserError(f"--out {settings.out}: is the folder of --model; give another one")
+
+
 def check(settings):
-    """UserError for settings that do not go together."""
-    if settings.steps < 1:
-        raise UserError("--steps: needs at least 1")
+    """Fill in what goes with the size; UserError for a batch that the processes can't share."""
+    fill_by_size(settings, batch="batch")
     ranks = distributed.world_size()
     if settings.batch % ranks:
         raise UserError(
@@ -299,8 +351,9 @@ def check(settings):
 
 
 def main():
-    settings = parse(Settings, __doc__)
+    settings = parse(Settings, __doc__, check=check_flags)
     device = distributed.setup(settings.seed)
+    check(settings)  # before any work
     hold(settings.out)
     if settings.model:
         model, tokenizer, processor = load_model(settings.model)

@@ -439,9 +439,13 @@ class Settings:
     name: str = setting(
         "", f"benchmark: {', '.join(BENCHMARKS)}", tuple(BENCHMARKS), positional=True
     )
-    model: str = setting("out/grpo", "folder of this project or a stock Qwen3-VL")
+    model: str = setting(
+        "out/grpo", "folder of this project or a stock Qwen3-VL", not_with=("score",)
+    )
     data: list = setting([], "files of the benchmark, or the folder that holds them")
-    skip_bad_rows: bool = setting(False, "count and list bad rows instead of stopping at the first")
+    skip_bad_rows: bool = setting(
+        False, "count and list bad rows instead of stopping at the first", only_with=("data",)
+    )
     path: str = setting(
         "both",
         "lor, dtr, both, or auto: dtr for regions and geometry, lor otherwise",
@@ -449,13 +453,26 @@ class Settings:
     )
     score: str = setting("", "only score this JSON-lines file of {id, response}; nothing is run")
     # how
-    max_new_tokens: int = setting(160, "longest response (paper: 2048)")
-    batch: int = setting(240, "prompts at once on a rank")
-    seed: int = setting(0, "seed of the processes; decoding is greedy")
+    max_new_tokens: int = setting(
+        160,
+        "longest response, tokens (paper: 2048)",
+        at_least=1,
+        at_most=100_000,
+        not_with=("score",),
+    )
+    batch: int = setting(240, "prompts at once on a rank", at_least=1, not_with=("score",))
+    seed: int = setting(
+        0,
+        "seed of the processes; decoding is greedy",
+        at_least=0,
+        below=distributed.MOST_SEEDS,
+        not_with=("score",),
+    )
     attention: str = setting(
         "auto",
         "sdpa: torch's kernels; flash: flash-attn (CUDA); auto: flash if installed",
         ("auto", "sdpa", "flash"),
+        not_with=("score",),
     )
     # what comes out
     json: str = setting(
@@ -1002,6 +1019,12 @@ def run_benchmark(settings):
         write_json(file, {"bench": settings.name, "table": table, "responses": results})
 
 
+def check_flags(settings, asked):
+    """UserError for flags that do not go together; asked: see engine.settings.parse."""
+    if settings.score and settings.path in ("lor", "dtr"):
+        raise UserError(f"--path {settings.path}: has no effect with --score, whose lines name it")
+
+
 def check(settings):
     """UserError for settings with which no model can be asked."""
     if settings.name == "vsi":
@@ -1033,7 +1056,7 @@ def write_json(file, content):
 
 
 def main():
-    run_benchmark(parse(Settings, __doc__))
+    run_benchmark(parse(Settings, __doc__, check=check_flags))
 
 
 if __name__ == "__main__":

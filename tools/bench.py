@@ -141,27 +141,40 @@ class Settings:
         f"random weights of this size: {', '.join(SIZES)}; the last three: Qwen3-VL",
         tuple(SIZES),
     )
-    image: int = setting(448, "side of the square pictures, pixels; 32 x 32 pixels are a token")
-    prompt_tokens: int = setting(
-        0, "tokens of a prompt with its picture; 0: the picture's and 60 more"
+    image: int = setting(
+        448,
+        "side of the square pictures, pixels; 32 x 32 pixels are a token",
+        at_least=32,
+        at_most=4096,
     )
-    prompts: int = setting(2, "prompts of the step")
-    group: int = setting(8, "responses per prompt")
-    new_tokens: int = setting(100, "tokens per response")
+    prompt_tokens: int = setting(
+        0,
+        "tokens of a prompt with its picture; 0: the picture's and 60 more",
+        at_least=0,
+        at_most=100_000,
+    )
+    prompts: int = setting(2, "prompts of the step", at_least=1, at_most=10_000)
+    group: int = setting(8, "responses per prompt", at_least=2, at_most=1024)
+    new_tokens: int = setting(100, "tokens per response", at_least=1, at_most=100_000)
     ragged: bool = setting(
         False, "responses of 30 % to 100 % of --new-tokens instead, evenly spread in each group"
     )
     kl: bool = setting(False, "with a reference model, weight 0.01")
-    repeats: int = setting(5, "least number of steps that count, of each contender")
+    repeats: int = setting(
+        5, "least number of steps that count, of each contender", at_least=1, at_most=1000
+    )
     micro: int = setting(
         0,
         "responses per training pass of naive and TRL, 0: all; it divides --group or is a multiple. "
         "Ours: grpo.py's --micro_tokens",
+        at_least=0,
     )
-    threads: int = setting(1, "CPU threads")
+    threads: int = setting(1, "CPU threads", at_least=1, at_most=1024)
     json: str = setting("", "file for the numbers")
     turn: str = setting(
-        "", "used by the bench itself: one contender's turn in this process, its steps as JSON"
+        "",
+        "used by the bench itself: one contender's turn in this process, its steps as JSON",
+        ("", "naive", "ours", "trl"),
     )
 
 

@@ -53,9 +53,13 @@ class Settings:
     out: str = setting(None, "instance file: a JSON list, or JSON lines if it ends in .jsonl")
     scenes: str = setting("", "annotated pictures, scenes.jsonl")
     pairs: str = setting("", "two views each, pairs.jsonl")
-    rounds: int = setting(3, "most questions of each family about a picture")
-    seed: int = setting(0, "of the questions")
-    sensor: bool = setting(False, "centres as a depth sensor sees them, on the visible surface")
+    rounds: int = setting(
+        3, "most questions of each family about a picture", at_least=1, at_most=1000
+    )
+    seed: int = setting(0, "of the questions", at_least=0)
+    sensor: bool = setting(
+        False, "centres as a depth sensor sees them, on the visible surface", only_with=("scenes",)
+    )
     rl: bool = setting(False, "only rows with an answer, for grpo.py: no captions, no bare boxes")
     pictures: str = setting(
         "", "copy pictures and depth there, so that the file can travel with them"
@@ -67,10 +71,8 @@ def build(args):
 
     BadRow where there would be none.
     """
-    if args.rounds < 1 or not (args.scenes or args.pairs):
-        raise BadRow(
-            "build: needs --scenes scenes.jsonl or --pairs pairs.jsonl, and --rounds of at least 1"
-        )
+    if not (args.scenes or args.pairs):
+        raise BadRow("build: needs --scenes scenes.jsonl or --pairs pairs.jsonl")
     written = Counter()  # {(task, column of the table): instances}
     dropped = Counter()  # {(task, column of the table, reason): instances}
     as_list = not args.out.endswith(".jsonl")

@@ -60,14 +60,12 @@ OTHER_UNITS = 3  # times as far or as near as 'depth' measures
 class Settings:
     files: list = setting([], "JSON list, JSON lines or parquet of instances", positional=True)
     model: str = setting("", "lengths by this model's tokenizer; empty: the embedded one's")
-    rows: int = setting(0, "check so many rows, evenly spread; 0: all")
+    rows: int = setting(0, "check so many rows, evenly spread; 0: all", at_least=0)
 
 
 def check(argv=None):
     """The program -> number of problems."""
     settings = parse(Settings, __doc__, argv)
-    if settings.rows < 0:
-        raise UserError(f"--rows {settings.rows}: needs 0 or more")
     tokenizer, processor = load_texts(settings.model)
     problems = []
     for path in settings.files:

@@ -55,7 +55,13 @@ class Settings:
     depth: str = setting(
         "", "folder of depth PNGs named as the pictures, such as tools.depth writes"
     )
-    depth_scale: float = setting(0.001, "metres per unit of those; KITTI's own: 0.00390625")
+    depth_scale: float = setting(
+        0.001,
+        "metres per unit of those; KITTI's own: 0.00390625",
+        above=0,
+        at_most=1000,
+        only_with=("depth",),
+    )
 
 
 def convert(args):

@@ -57,13 +57,11 @@ class Settings:
     images: list = setting([], "pictures", positional=True)
     out: str = setting(None, "folder for the maps and depth.jsonl")
     model: str = setting("apple/DepthPro-hf", "a depth model of transformers, hub name or folder")
-    batch: int = setting(4, "pictures of one size in a forward pass")
+    batch: int = setting(4, "pictures of one size in a forward pass", at_least=1)
 
 
 def depth(args):
     """Write the maps of all pictures that have none yet, and their lines of depth.jsonl."""
-    if args.batch < 1:
-        raise BadRow(f"--batch {args.batch}: needs at least 1")
     check_names(args)
     try:
         os.makedirs(args.out, exist_ok=True)

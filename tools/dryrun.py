@@ -45,18 +45,40 @@ SHOWN = 0.1  # GB; smaller amounts are not listed
 @dataclass
 class Settings:
     size: str = setting("8B", "the shapes of Qwen3-VL", SIZES)
-    world: int = setting(8, "ranks; this is the first of them")
+    world: int = setting(8, "ranks; this is the first of them", at_least=1, at_most=10_000)
     stage: str = setting("grpo", "what is run", ("grpo", "sft"))
-    lora: int = setting(0, "rank of adapters; 0: all weights of the language model are trained")
-    kl: float = setting(0.02, "weight of the KL; 0: no reference model")
-    layers: int = setting(0, "layers of the language model and of the vision tower; 0: all")
-    image: int = setting(768, "side of the pictures, pixels")
-    words: int = setting(40, "words of a question")
-    prompts: int = setting(16, "GRPO: prompts per rank and step; SFT: rows")
-    group_size: int = setting(8, "responses per prompt")
-    max_new_tokens: int = setting(512, "tokens of every response")
-    target_words: int = setting(650, "SFT: words of a target")
-    micro_tokens: int = setting(4096, "most tokens of one training pass")
+    lora: int = setting(
+        0,
+        "rank of adapters; 0: all weights of the language model are trained",
+        at_least=0,
+        at_most=1024,
+        not_with=("stage=sft",),
+    )
+    kl: float = setting(
+        0.02,
+        "weight of the KL; 0: no reference model",
+        at_least=0,
+        at_most=1000,
+        not_with=("stage=sft",),
+    )
+    layers: int = setting(
+        0, "layers of the language model and of the vision tower; 0: all", at_least=0, at_most=100
+    )
+    image: int = setting(768, "side of the pictures, pixels", at_least=32, at_most=4096)
+    words: int = setting(40, "words of a question", at_least=0, at_most=100_000)
+    prompts: int = setting(
+        16, "GRPO: prompts per rank and step; SFT: rows", at_least=1, at_most=10_000
+    )
+    group_size: int = setting(
+        8, "responses per prompt", at_least=2, at_most=1024, not_with=("stage=sft",)
+    )
+    max_new_tokens: int = setting(
+        512, "tokens of every response", at_least=1, at_most=100_000, not_with=("stage=sft",)
+    )
+    target_words: int = setting(
+        650, "SFT: words of a target", at_least=1, at_most=100_000, only_with=("stage=sft",)
+    )
+    micro_tokens: int = setting(4096, "most tokens of one training pass", at_least=1)
     checkpointing: bool = setting(True, "recompute activations in the backward pass")
     json: str = setting("", "file for the numbers")
 

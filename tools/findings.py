@@ -60,7 +60,9 @@ CURVES = [  # key in metrics.jsonl, name, colour
 @dataclass
 class Settings:
     columns: list = setting([], "NAME=PATTERN: evaluations, one file per seed", positional=True)
-    curves: str = setting("", "metrics.jsonl of the GRPO runs, a pattern; for the figure")
+    curves: str = setting(
+        "", "metrics.jsonl of the GRPO runs, a pattern; for the figure", only_with=("figure",)
+    )
     figure: str = setting("", "SVG file to draw")
     course: bool = setting(False, "also how each GRPO run went")
 

@@ -22,8 +22,11 @@ from world.questions import (
 from world.raycast import make_scene
 from world.transfer import VARIANTS
 
+SCENES_OF_SEED = 10**6
 HELD_OUT = 9 * 10**8
 FRESH = 10**9
+MOST_QUESTIONS = 10**6  # held out; each may take 100 scenes, then come the fresh ones
+MOST_FRESH = 10**7  # questions; a blend of so many takes 5 GB
 OVERLOOKED = 0.6  # share of the annotated scenes in which the smallest object was overlooked
 
 # Short questions without reasoning, in place of a stock VLM's pretraining, easy before hard: what a

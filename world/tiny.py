@@ -5,6 +5,9 @@ Nothing is downloaded: the weights are random, the tokenizer is trained on the e
 texts.
 """
 
+import json
+import os
+
 import torch
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen3VLConfig
 
@@ -69,6 +72,24 @@ def size_plan(size):
     if size not in SIZES:
         raise UserError(f"--size {size}: needs one of {', '.join(SIZES)}")
     return SIZES[size]
+
+
+def check_size(settings):
+    """UserError where the model in --model is not of the size that --size asks for."""
+    try:
+        with open(os.path.join(settings.model, "config.json")) as file:
+            width = json.load(file)["text_config"]["hidden_size"]
+    except OSError:  # a name on the hub, or a folder without a model, which load_model tells
+        width = None
+    except (ValueError, KeyError, TypeError):  # load_model tells it, too
+        return
+    if width is None and os.path.isdir(settings.model):
+        return
+    if width != size_plan(settings.size)["text"][0]:
+        raise UserError(
+            f"--size {settings.size}: is of a new model, and {settings.model} is of another size; "
+            f"leave one out, or make a model by sft.py --size {settings.size} --out DIR"
+        )
 
 
 def fill_by_size(settings, **names):
