@@ -13,6 +13,7 @@ import sys
 
 import torch.distributed as dist
 
+from engine.output import guard_streams
 from formats.errors import UserError
 
 
@@ -91,6 +92,7 @@ def kind_of_flag(default):
 
 def run_main(main):
     """Run a program; a mistake of the user ends in one line on standard error and exit code 2."""
+    guard_streams()
     try:
         code = exit_code(main)
     finally:
