@@ -545,7 +545,7 @@ def figures(row, responses):
     image = open_image(row, frame)
     depth = open_depth(row, *image.size, frame)
     centers = centers_drawing(row, responses, image.size)
-    marked = draw_marks(image, row, len(responses))  # FIXME: `frame` is meant; this draws no mark
+    marked = draw_marks(image, row, frame)
     few_pixels = max(image.size) < 200
     html = figure(marked, "the picture with its marks", few_pixels, centers)
     if depth is not None:
