@@ -12,9 +12,12 @@ metres, where an object without a box of its own counts as infinitely far. Publi
 a command of their own, `python -m benchmarks`.
 """
 
+import glob
 import json
 import math
 import os
+import re
+import reprlib
 import textwrap
 from dataclasses import dataclass
 
@@ -28,6 +31,7 @@ import rewards
 from data import METRICS
 from engine import distributed, report
 from engine.checkpoint import load_model
+from engine.output import check_outputs, try_folder, whole_file
 from engine.settings import parse, run_main, setting
 from engine.shared_prefix import rollout
 from formats.errors import UserError
@@ -35,6 +39,7 @@ from formats.instances import (
     answer_of,
     best_path,
     draw_marks,
+    finite,
     on_paths,
     open_image,
     path_of,
@@ -50,11 +55,11 @@ from world.transfer import VARIANTS
 PATHS = ("lor", "dtr")
 BENCHMARKS_COMMAND = "python -m benchmarks NAME --model M --data PATH"
 MOVED = {"--bench": BENCHMARKS_COMMAND, "--score": f"{BENCHMARKS_COMMAND} --score FILE"}
-# What the JSON of an evaluation must hold. Other parts of the reward may be missing: they are None.
-LINE_FIELDS = {"path", "task", "n", "accuracy", "reward"}
-RESPONSE_FIELDS = {
-    *("index", "id", "path", "task", "question", "answer", "response", "accuracy", "reward")
-}
+POOLS = ("region", "general", "all")  # lines of a table that pool several tasks
+MOST_LINES = 200  # of text below a picture of --show
+# Files of a --model folder that are read: the model's own, and the log that a report draws.
+MODEL_FILES = ("*config.json", "*.safetensors*", "*token*", "chat_template*", "vocab.json")
+MODEL_FILES += ("merges.txt", "metrics.jsonl")
 
 
 @dataclass
@@ -186,15 +191,22 @@ def torch_generator(device, seed):
 def result_of(index, row, response):
     return {
         "index": index,
-        "id": row.get("id", str(index)),
+        "id": str(row.get("id", index)),
         "path": path_of(row),
-        "task": row.get("task", "question"),
+        "task": task_of(row),
         "question": question_of(row),
         "auto": best_path(row),
         "answer": answer_of(row),
         "response": response,
         **data.score(row, response),
     }
+
+
+def task_of(row):
+    """The task of a row as a name on one line, other than those of the pooled lines."""
+    task = row.get("task")
+    name = "" if task is None else " ".join(str(task).split())
+    return f"{name} (task)" if name in POOLS else name or "question"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -228,12 +240,8 @@ def finite_errors(result):
 def pools(results):
     """Tasks that are also reported together: {name: tasks}."""
     tasks = {result["task"] for result in results}
-    named = {
-        "region": tasks & set(REGION_FAMILIES),
-        "general": tasks & set(GENERAL_FAMILIES),
-        "all": tasks,
-    }
-    return {name: of_pool for name, of_pool in named.items() if of_pool}
+    of_pools = (tasks & set(REGION_FAMILIES), tasks & set(GENERAL_FAMILIES), tasks)
+    return {name: of_pool for name, of_pool in zip(POOLS, of_pools) if of_pool}
 
 
 def make_table(results):
@@ -396,13 +404,17 @@ def show_table(*named):
     width = 13 * len(METRICS) + 11
     titles = "".join(f"| {title:^{width}}" for title, _ in named)
     heads = "".join(f"{name:>13}" for name in METRICS) + f"{'error m':>9}"
-    distributed.say(f"\n{'':22}{titles}")
-    distributed.say(f"{'path task':<15}{'n':>6} " + f"|{heads} " * len(named))
     tables = [{(line["path"], line["task"]): line for line in table} for _, table in named]
-    for path, task in dict.fromkeys(key for table in tables for key in table):
+    keys = dict.fromkeys(key for table in tables for key in table)
+    most = min(max((len(task) for _, task in keys), default=0), 40)  # characters of a name
+    name_width = max(10, most + 1)
+    distributed.say(f"\n{'':{name_width + 12}}{titles}")
+    distributed.say(f"{'path task':<{name_width + 5}}{'n':>6} " + f"|{heads} " * len(named))
+    for path, task in keys:
         lines = [table.get((path, task), {}) for table in tables]  # not every one has every task
         n = max(line.get("n", 0) for line in lines)
-        text = f"{path:<4} {task:<10}{n:>6} "
+        name = task if len(task) <= most else f"{task[: most - 1]}…"
+        text = f"{path:<4} {name:<{name_width}}{n:>6} "
         for line in lines:
             cells = [cell(line.get(key), line.get(f"{key}_ci")) for key in METRICS]
             error = line.get("center_error_m")
@@ -421,50 +433,104 @@ def cell(value, half):
 
 def write_json(path, results):
     """The table and the responses; under its name only when it is whole. On rank 0."""
-    if distributed.rank() > 0:
-        return
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(f"{path}.partial", "w") as file:
-        json.dump({"table": make_table(results), "responses": results}, file)
-    os.replace(f"{path}.partial", path)
+    if distributed.rank() == 0:
+        with whole_file(path) as file:
+            json.dump({"table": make_table(results), "responses": results}, file)
 
 
-def read_json(path):
-    """The results of an evaluation that this program wrote."""
-    with open(path) as file:
-        return json.load(file)["responses"]
+def is_number(value):
+    return finite([value], 1)
+
+
+def is_number_or_null(value):
+    return value is None or is_number(value)
+
+
+def is_list_of_numbers(value):
+    return isinstance(value, list) and all(map(is_number_or_null, value))
+
+
+# What a field of the JSON may hold: in words, and the test of it.
+TEXT = ("text", lambda value: isinstance(value, str))
+NAME = ("text or a number", lambda value: isinstance(value, str) or is_number(value))
+PATH = ("lor or dtr", lambda value: value in PATHS)
+COUNT = ("a whole number", lambda value: isinstance(value, int) and is_number(value))
+NUMBER = ("a number", is_number)
+PART = ("a number or null", is_number_or_null)
+ERRORS = ("a list of numbers, in metres, or null", is_list_of_numbers)
+ENDS = ("two numbers or nulls", lambda value: is_list_of_numbers(value) and len(value) == 2)
+# The fields that must be there, and those that earlier versions lacked.
+LINE_FIELDS = {"path": PATH, "task": TEXT, "n": COUNT, "accuracy": PART, "reward": PART}
+LINE_EXTRAS = {
+    **dict.fromkeys([*METRICS, *(f"{key}_ci" for key in METRICS), "center_error_m"], PART),
+    "center_error_m_ci": ENDS,
+}
+RESPONSE_FIELDS = {
+    **dict.fromkeys(("task", "question", "answer", "response"), TEXT),
+    **dict.fromkeys(("accuracy", "reward"), NUMBER),
+    "index": COUNT,
+    "id": NAME,
+    "path": PATH,
+}
+RESPONSE_EXTRAS = {**dict.fromkeys(METRICS, PART), "center_errors_m": ERRORS}
 
 
 def load_json(path):
     """What write_json wrote, checked; parts of the reward that an older version lacked are None."""
+    found = None
     try:
-        with open(path) as file:
+        if not os.path.isfile(path):
+            raise FileNotFoundError(0, "no such file")  # also not a device, which might not end
+        with open(path, encoding="utf-8") as file:
             found = json.load(file)
-        for name, needed in (("table", LINE_FIELDS), ("responses", RESPONSE_FIELDS)):
-            for one in found[name]:
-                lacking = needed - set(one)
-                if lacking:
-                    raise ValueError(f"without {', '.join(sorted(lacking))}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--compare {path}: not the JSON of an evaluation ({error})") from None
+        fault = fault_of(found)
+    except OSError as error:
+        fault = error.strerror
+    except (ValueError, RecursionError) as error:
+        fault = str(error)
+    if fault:
+        raise UserError(f"{path}: not the JSON of an evaluation ({fault})")
     for line in found["table"]:
         for key in METRICS:
             line.setdefault(key, None)
             line.setdefault(f"{key}_ci", None)
+            if (line[key] is None) != (line[f"{key}_ci"] is None):
+                raise UserError(f"{path}: table: needs '{key}' and '{key}_ci', or neither")
         line.setdefault("center_error_m", None)
         line.setdefault("center_error_m_ci", [None, None])
     for result in found["responses"]:
         for key in METRICS:
             result.setdefault(key, None)
         result.setdefault("center_errors_m", [])
+        result["id"] = str(result["id"])
     return found
+
+
+def fault_of(found):
+    """What is wrong with the content of a JSON file, in words; "" if nothing is."""
+    for name, needed, extra in (
+        ("table", LINE_FIELDS, LINE_EXTRAS),
+        ("responses", RESPONSE_FIELDS, RESPONSE_EXTRAS),
+    ):
+        if not isinstance(found, dict) or not isinstance(found.get(name), list):
+            return f"needs an object with a list '{name}'"
+        for number, one in enumerate(found[name]):
+            lacking = set(needed) - set(one) if isinstance(one, dict) else set(needed)
+            if lacking:
+                return f"{name}, number {number}: without {', '.join(sorted(lacking))}"
+            for field, (words, fits) in {**extra, **needed}.items():
+                if field in one and not fits(one[field]):
+                    value = reprlib.repr(one[field])
+                    return f"{name}, number {number}, field '{field}': needs {words}, not {value}"
+    return ""
 
 
 def show_pictures(folder, rows, results):
     """A PNG per question: marks, true (circle) and predicted (cross) centres, and the response."""
     os.makedirs(folder, exist_ok=True)
     for row, result in zip(rows, results):
-        name = f"{result['index']:05d}_{result['path']}_{result['task']}.png"
+        task = re.sub(r"[^A-Za-z0-9_.-]+", "_", result["task"])[:40]  # a part of a file's name
+        name = f"{result['index']:05d}_{result['path']}_{task}.png"
         picture_of(row, result).save(os.path.join(folder, name))
 
 
@@ -480,8 +546,9 @@ def picture_of(row, result):
         f"{result['response']}"
     )
     lines = []
-    for line in text.splitlines():
+    for line in text.encode(errors="replace").decode().splitlines():  # no half characters
         lines += textwrap.wrap(line, width // 6)
+    del lines[MOST_LINES:]
     canvas = Image.new("RGB", (width, image.height + 20 + 14 * len(lines)), "white")
     canvas.paste(image)
     pen = ImageDraw.Draw(canvas)
@@ -534,16 +601,37 @@ def evaluate(settings, rows):
         raise UserError("nothing to answer: no question asked for")
     model = distributed.shard(distributed.freeze(model, device), device)
     results = answer(model, tokenizer, processor, rows, device, settings)
+    try:
+        if settings.json:
+            write_json(settings.json, results)
+    finally:  # told also where it can't be written
+        tell(settings, rows, results)
+
+
+def tell(settings, rows, results):
+    """Tables, page and pictures of an evaluation."""
     table = make_table(results)
     show_table((settings.model, table))
     show_paths(settings.model, results)
-    if settings.json:
-        write_json(settings.json, results)
-    if settings.show and distributed.rank() == 0:
-        show_pictures(settings.show, rows, results)
     if settings.report:
         named = [(settings.model, table, results)]
         report.write(settings.report, named, rows, settings.runs or [settings.model])
+    if settings.show and distributed.rank() == 0:
+        show_pictures(settings.show, rows, results)
+
+
+def check_files(settings):
+    """UserError where an output can't be written, or would replace what is read; before any work."""
+    inputs = [*(spec.partition("*")[0] for spec in settings.data), settings.scenes]
+    inputs += settings.compare
+    for folder in (settings.model, *settings.runs):
+        for pattern in MODEL_FILES:
+            inputs += glob.glob(os.path.join(glob.escape(folder), pattern))
+    check_outputs({"--json": settings.json, "--report": settings.report}, inputs)
+    if settings.show:
+        try_folder("--show", settings.show, os.path.realpath(settings.show))
+    if settings.report and not settings.compare:
+        report.check_logs(settings.runs or [settings.model])
 
 
 def check_flags(settings, asked):
@@ -555,6 +643,7 @@ def check_flags(settings, asked):
 
 def main():
     settings = parse(Settings, __doc__, moved=MOVED, check=check_flags)
+    check_files(settings)
     sources = data.user_sources(settings)
     rows = [row for _, of_source, _ in sources for row in of_source]
     if settings.compare:

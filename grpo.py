@@ -736,7 +736,10 @@ def evaluate_start(settings, model, tokenizer, processor, questions, device):
     """Greedy answers of the cold start; those of an earlier run where this one is resumed."""
     file = os.path.join(settings.out, "eval_cold_start.json")
     if settings.resume and os.path.isfile(file):
-        results = eval.read_json(file)
+        try:
+            results = eval.load_json(file)["responses"]
+        except UserError as error:
+            raise UserError(f"{error}; remove it, and it is made again") from None
         if len(results) == len(questions):
             return results
     shapes = distributed.freeze(distributed.shapes_of(model), device)

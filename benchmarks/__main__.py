@@ -45,6 +45,7 @@ from benchmarks.scoring import (
 from benchmarks.tables import parquet_rows, tfrecord_rows
 from engine import distributed
 from engine.checkpoint import fingerprint, load_model
+from engine.output import check_outputs, whole_file
 from engine.settings import parse, run_main, setting
 from engine.shared_prefix import rollout
 from eval import mean_interval
@@ -859,8 +860,8 @@ def resume(file, about, rows):
     if not os.path.exists(file):
         return {}
     with open(file, encoding="utf-8", errors="replace") as handle:
-        lines = handle.read().split("\n")[:-1]  # without what follows the last whole line
-    if not lines:
+        *lines, cut_off = handle.read().split("\n")
+    if not lines and not cut_off:
         return {}
     try:
         head, *records = map(json.loads, lines)
@@ -891,8 +892,13 @@ def begin_file(file, about):
 
 
 def append(file, records):
-    with open(file, "a") as handle:
-        handle.write("".join(json.dumps(record) + "\n" for record in records))
+    try:
+        with open(file, "a") as handle:
+            handle.write("".join(json.dumps(record) + "\n" for record in records))
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot write ({error.strerror}); the same command goes on from what is there"
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1001,11 +1007,17 @@ def row_of_line(benchmark, line, number, key):
 def run_benchmark(settings):
     """Get the records, score them, print and write the table."""
     file = settings.json or f"out/bench_{settings.name}.json"
+    inputs = [settings.score]
+    for path in settings.data:
+        inputs += files_of(settings.name, path)
     if settings.score:
+        check_outputs({"--json": settings.json}, inputs)
         records = read_responses(settings)
     else:
         check(settings)
-        records = ask_model(settings, os.path.splitext(file)[0] + ".jsonl")
+        responses = os.path.splitext(file)[0] + ".jsonl"
+        check_outputs({"--json": file, "responses of --json:": responses}, inputs)
+        records = ask_model(settings, responses)
     if not records:
         raise UserError("nothing to score: no response, or no question of this path")
     results = []
@@ -1014,9 +1026,11 @@ def run_benchmark(settings):
         results.append({**record, "score": value})
     paths = ("auto",) if settings.path == "auto" else ("lor", "dtr")
     table = make_table(settings.name, results, mean_interval, paths)
-    show_table(settings.name, table)
-    if settings.json or not settings.score:
-        write_json(file, {"bench": settings.name, "table": table, "responses": results})
+    try:
+        if settings.json or not settings.score:
+            write_json(file, {"bench": settings.name, "table": table, "responses": results})
+    finally:  # shown also where it can't be written
+        show_table(settings.name, table)
 
 
 def check_flags(settings, asked):
@@ -1049,10 +1063,8 @@ def show_table(benchmark, table):
 
 def write_json(file, content):
     if distributed.rank() == 0:
-        os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
-        with open(f"{file}.partial", "w") as handle:
+        with whole_file(file, "--json") as handle:
             json.dump(content, handle)
-        os.replace(f"{file}.partial", file)
 
 
 def main():

@@ -27,6 +27,7 @@ from transformers import logging as hf_logging
 
 import model as model_file
 from engine.lora import has_adapters
+from engine.output import guard_streams
 from formats.errors import UserError
 
 TIMEOUT = 1800  # seconds that a rank waits for the others in a collective
@@ -83,6 +84,7 @@ def loader_workers(workers, device):
 def say(*words):
     """Print on rank 0."""
     if rank() == 0:
+        guard_streams()  # also where no program of this project runs
         print(*words, flush=True)
 
 

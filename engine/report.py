@@ -6,7 +6,8 @@
 grpo.py leaves one beside its model. The page holds accuracy by task and path, the tables, the
 distances of predicted centres, the curves of metrics.jsonl, and examples to browse: picture, true
 and predicted centres, depth, responses, reward parts. It is a single file: style, script and
-pictures are in it, and its own content policy forbids it to load anything else.
+pictures are in it. Its own content policy forbids it to load anything else, and to run any script
+but that one: whatever a model or a file writes is text.
 
 The paths are LOR (language-only reasoning) and DTR (detect-then-reason: 3D centres first).
 
@@ -16,6 +17,7 @@ class of the style sheet, "p0" to "p3"; later evaluations are more opaque than e
 """
 
 import base64
+import hashlib
 import io
 import json
 import math
@@ -28,6 +30,7 @@ from PIL import Image
 
 from data import METRICS
 from engine import distributed
+from engine.output import whole_file
 from formats.errors import UserError
 from formats.instances import (
     MARK_COLORS,
@@ -67,16 +70,10 @@ def write(path, evaluations, rows=(), runs=()):
     """
     if distributed.rank() > 0:
         return
-    # A model may write half of a character, which UTF-8 has no bytes for: it becomes "?".
-    page = page_of(evaluations, rows, runs).encode(errors="replace")
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with open(f"{path}.partial", "wb") as file:
-            file.write(page)
-        os.replace(f"{path}.partial", path)
-    except OSError as error:
-        raise UserError(f"--report {path}: cannot write there ({error.strerror})") from None
-    distributed.say(f"report: {path}, {len(page) / 1e6:.1f} MB")
+    page = page_of(evaluations, rows, runs)
+    with whole_file(path, "--report") as file:
+        file.write(page)
+    distributed.say(f"report: {path}, {os.path.getsize(path) / 1e6:.1f} MB")
 
 
 def page_of(evaluations, rows, runs):
@@ -97,7 +94,7 @@ def page_of(evaluations, rows, runs):
         error_chart(evaluations, paths),
         training,
         examples(evaluations, rows),
-        SCRIPT,
+        f"<script>{SCRIPT}</script></body></html>\n",
     ]
     return "".join(sections)
 
@@ -136,7 +133,7 @@ def path_table(evaluations, path):
 
 def table_row(title, line):
     """A line of a table, as a row of the page's."""
-    cells = [escape(title), line["n"]]
+    cells = [escape(title), escape(str(line["n"]))]
     for key in METRICS:
         cells.append(mean_cell(line[key], line[f"{key}_ci"]))
     cells.append(error_cell(line["center_error_m"], line["center_error_m_ci"]))
@@ -249,7 +246,7 @@ def line_chart(title, x_name, series, top=np.inf, least=0.0, smooth=True):
 def y_axis(ys, top, least):
     """The ends of the y axis: a little beyond the values, cut at `top`, at least `least` apart."""
     low = ys.min()
-    high = min(ys.max(), top)
+    high = max(low, min(ys.max(), top))
     pad = max(least - (high - low), 0.1 * (high - low), 1e-6) / 2
     return low - pad, high + pad
 
@@ -386,19 +383,35 @@ def read_log(folder):
     return log_lines(path)
 
 
+def check_logs(runs):
+    """UserError where the log of a folder cannot be read; before the work that a page is about."""
+    for folder in runs:
+        path = os.path.join(folder, "metrics.jsonl")
+        if os.path.isfile(path):
+            log_lines(path)
+
+
 def log_lines(path):
     """The lines of a metrics.jsonl, a dict per step. UserError for a line that is none."""
     lines = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                lines.append(json.loads(text))
-                float(lines[-1]["step"])
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{path}: line {number}: no JSON object with a 'step'; remove the line"
-                ) from None
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for number, text in enumerate(file, 1):
+                lines.append(log_line(text, f"{path}: line {number}"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     return lines
+
+
+def log_line(text, where):
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        line = None
+    step = line.get("step") if isinstance(line, dict) else None
+    if not isinstance(step, int) or not finite([step], 1):
+        raise UserError(f"{where}: no JSON object with a 'step', a number; remove the line")
+    return line
 
 
 # ----------------------------------------------------------------------------------------------
@@ -545,7 +558,7 @@ def figures(row, responses):
     image = open_image(row, frame)
     depth = open_depth(row, *image.size, frame)
     centers = centers_drawing(row, responses, image.size)
-    marked = draw_marks(image, row, len(responses))  # FIXME: `frame` is meant; this draws no mark
+    marked = draw_marks(image, row, frame)
     few_pixels = max(image.size) < 200
     html = figure(marked, "the picture with its marks", few_pixels, centers)
     if depth is not None:
@@ -638,12 +651,43 @@ def depth_picture(depth):
 # ----------------------------------------------------------------------------------------------
 # style and script. A backslash joins a line with the next one.
 
+SCRIPT = """
+const form = document.querySelector("form"), \
+fields = [...form.querySelectorAll("select")], size = 10;
+const cards = [...document.querySelectorAll("article")], \
+[back, next] = document.querySelectorAll("button");
+let page;
+function show() {                                           \
+/* the filters and the page are in the address */
+  const asked = new URLSearchParams(location.hash.slice(1));
+  for (const f of fields) f.value = \
+[...f.options].some(o => o.value === asked.get(f.name)) ? asked.get(f.name) : "";
+  const found = cards.filter(card => \
+fields.every(f => !f.value || card.dataset[f.name] === f.value));
+  page = Math.max(1, Math.min(parseInt(asked.get("page")) || 1, Math.ceil(found.length / size)));
+  const shown = found.slice((page - 1) * size, page * size);
+  for (const card of cards) card.hidden = !shown.includes(card);
+  document.querySelector("output").textContent = "page " + page + ", " + found.length + " examples";
+  back.disabled = page === 1;
+  next.disabled = page * size >= found.length;
+}
+function go(to) { location.hash = new URLSearchParams([...new FormData(form), ["page", to]]); }
+form.addEventListener("change", () => go(1));
+back.addEventListener("click", () => { go(page - 1); form.scrollIntoView(); });
+next.addEventListener("click", () => { go(page + 1); form.scrollIntoView(); });
+addEventListener("hashchange", show);
+document.querySelector("nav").hidden = false;
+show();
+"""
+# The policy of the page names its only script by this, so that no other one runs.
+SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+
 HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">\
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
-script-src 'unsafe-inline'">
+script-src 'sha256-HASH'; base-uri 'none'; form-action 'none'">
 <title>Evaluation</title>\
 <style>
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59616b; --line: #dde1e6; \
@@ -722,34 +766,4 @@ pre { white-space: pre-wrap; font: .8125rem/1.5 ui-monospace, monospace;
  margin: .25rem 0; max-height: 24rem; overflow: auto; } \
 pre u { color: var(--soft); text-decoration: none; }
 </style></head><body>
-"""
-
-SCRIPT = """<script>
-const form = document.querySelector("form"), \
-fields = [...form.querySelectorAll("select")], size = 10;
-const cards = [...document.querySelectorAll("article")], \
-[back, next] = document.querySelectorAll("button");
-let page;
-function show() {                                           \
-/* the filters and the page are in the address */
-  const asked = new URLSearchParams(location.hash.slice(1));
-  for (const f of fields) f.value = \
-[...f.options].some(o => o.value === asked.get(f.name)) ? asked.get(f.name) : "";
-  const found = cards.filter(card => \
-fields.every(f => !f.value || card.dataset[f.name] === f.value));
-  page = Math.max(1, Math.min(parseInt(asked.get("page")) || 1, Math.ceil(found.length / size)));
-  const shown = found.slice((page - 1) * size, page * size);
-  for (const card of cards) card.hidden = !shown.includes(card);
-  document.querySelector("output").textContent = "page " + page + ", " + found.length + " examples";
-  back.disabled = page === 1;
-  next.disabled = page * size >= found.length;
-}
-function go(to) { location.hash = new URLSearchParams([...new FormData(form), ["page", to]]); }
-form.addEventListener("change", () => go(1));
-back.addEventListener("click", () => { go(page - 1); form.scrollIntoView(); });
-next.addEventListener("click", () => { go(page + 1); form.scrollIntoView(); });
-addEventListener("hashchange", show);
-document.querySelector("nav").hidden = false;
-show();
-</script></body></html>
-"""
+""".replace("HASH", SCRIPT_HASH)

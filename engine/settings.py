@@ -14,6 +14,7 @@ import sys
 
 import torch.distributed as dist
 
+from engine.output import guard_streams
 from formats.errors import UserError
 
 MOST = 10**9  # of a number without an upper bound of its own; more would fill a memory
@@ -239,6 +240,7 @@ def check_package(field):
 
 def run_main(main):
     """Run a program; a mistake of the user ends in one line on standard error and exit code 2."""
+    guard_streams()
     try:
         code = exit_code(main)
     finally:

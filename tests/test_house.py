@@ -26,7 +26,7 @@ ORDER = [
     ["tools", "benchmarks"],
 ]
 PLACE = {name: place for place, names in enumerate(ORDER) for name in names}
-FOR_ALL = {"formats.errors", "engine.settings"}  # leaves that every file may use
+FOR_ALL = {"formats.errors", "engine.settings", "engine.output"}  # leaves that every file may use
 STAGES = {"model", "data", "rewards", "sft", "grpo", "eval"}
 TOP = {
     *("README.md", "LICENSE", "requirements.txt", "test_rewards.py"),

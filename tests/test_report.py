@@ -4,6 +4,7 @@ python -m pytest -q test_report.py                                 # seconds
 """
 
 import base64
+import hashlib
 import io
 import itertools
 import json
@@ -266,6 +267,48 @@ def test_text_of_a_model_stays_text(page):
     assert not [1 for _, attributes in page.tags if "onerror" in attributes]
 
 
+def test_only_the_script_of_the_page_may_run(page):
+    (policy,) = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    (script,) = re.findall(r"<script>(.*?)</script>", page.text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert rules["script-src"] == f"'sha256-{digest}'"
+    assert rules["default-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        ATTACK,
+        '"><script>1</script>',
+        "' onload='1",
+        "</title></style><svg onload=alert(1)>",
+        "<!--",
+    ],
+)
+def test_no_text_becomes_a_part_of_the_page(attack, asked, tmp_path, monkeypatch):
+    """Also where no check has seen it: the attack stands wherever a text or a number may come in."""
+
+    def write(attack, name):
+        results = []
+        for result in answered(asked[:6], 0.1):
+            texts = dict.fromkeys(("id", "task", "question", "answer", "response"), attack)
+            results.append({**result, **texts, "id": f"{attack}{result['index']}"})
+        table = [{**line, "n": attack} for line in eval.make_table(results)]
+        evaluations = [(attack, table, results), (f"{attack} again", table, results)]
+        report.write(tmp_path / name, evaluations, runs=[attack])
+        return Page(tmp_path / name)
+
+    log = [{"step": i, "phase": attack, "loss": 1.0, "lor_reward": i} for i in range(3)]
+    monkeypatch.setattr(report, "read_log", lambda folder: log)
+    hostile = write(attack, "hostile.html")
+    harmless = write("plain", "harmless.html")
+    assert [name for name, _ in hostile.tags] == [name for name, _ in harmless.tags]
+    for (_, found), (_, expected) in zip(hostile.tags, harmless.tags):
+        assert found.keys() == expected.keys()
+    assert hostile.pre == [attack] * 12
+
+
 def test_pictures_of_saved_answers_are_those_that_were_asked_about(page, asked):
     pictures = [tag["src"].partition(",")[2] for tag in page.all("img")]
     assert len(pictures) == 2 * len(asked)  # picture and depth
@@ -281,6 +324,22 @@ def test_pictures_of_saved_answers_are_those_that_were_asked_about(page, asked):
             )
             > 12
         )
+
+
+def test_the_picture_of_an_example_shows_its_marks(asked):
+    for row in asked:
+        plain = instances.open_image(row)
+        marked = np.asarray(instances.draw_marks(plain, row), float)
+        changed = np.abs(marked - np.asarray(plain, float)).sum(-1) > 200
+        if changed.sum() < 20:
+            continue  # a question without marks, or on a background of their colour
+        for responses in ([""], ["", ""]):
+            source = re.search(r'base64,([^"]+)', report.figures(row, responses))[1]
+            shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(source))), float)
+            assert np.abs(shown - marked)[changed].mean() < 40
+        break
+    else:
+        raise AssertionError("no question has marks")
 
 
 def test_centres_lie_where_the_camera_sees_them():
@@ -352,6 +411,85 @@ def test_malformed_files_are_one_line(file, text, says, folder, capsys):
     with pytest.raises(UserError, match=re.escape(file)) as error:
         compare(folder, "bad.json" if file == "bad.json" else "after.json", runs=["log"])
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "place, field, value",
+    [
+        ("table", "n", "<b>"),
+        ("table", "n", 10**400),
+        ("table", "n", 1.5),
+        ("table", "task", None),
+        ("table", "task", ["depth"]),
+        ("table", "path", "up"),
+        ("table", "accuracy", "0.5"),
+        ("table", "accuracy", math.nan),
+        ("table", "accuracy_ci", None),
+        ("table", "reward", math.inf),
+        ("table", "reward_ci", [0.1]),
+        ("table", "detection", {}),
+        ("table", "center_error_m", "near"),
+        ("table", "center_error_m_ci", [1]),
+        ("table", "center_error_m_ci", "ab"),
+        ("responses", "index", "0"),
+        ("responses", "id", {"a": 1}),
+        ("responses", "path", 7),
+        ("responses", "task", 7),
+        ("responses", "question", None),
+        ("responses", "answer", 2),
+        ("responses", "response", ["x" * 10_000]),
+        ("responses", "accuracy", "1"),
+        ("responses", "accuracy", None),
+        ("responses", "reward", -1e300),
+        ("responses", "format", "high"),
+        ("responses", "center_errors_m", 0.1),
+        ("responses", "center_errors_m", ["0.1"]),
+        ("responses", "center_errors_m", [math.nan]),
+    ],
+)
+def test_a_field_of_another_type_is_one_line(place, field, value, asked, tmp_path):
+    results = answered(asked[:4], 0.1)
+    found = {"table": eval.make_table(results), "responses": results}
+    sound = tmp_path / "sound.json"
+    sound.write_text(json.dumps(found))
+    eval.load_json(sound)
+    found[place][1][field] = value
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps(found))
+    with pytest.raises(UserError, match=field) as error:
+        eval.load_json(path)
+    assert "odd.json" in str(error.value) and place in str(error.value)
+    assert len(str(error.value)) < 200 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[" * 100_000, "\x00", '{"table": 7}', "[[]]", "nul", "\ud800"]
+)
+def test_a_file_that_is_no_evaluation_is_one_line(text, tmp_path):
+    path = tmp_path / "odd.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=r"odd.json: not the JSON of an evaluation") as error:
+        eval.load_json(path)
+    assert "\n" not in str(error.value)
+    for other in (tmp_path, "/dev/zero"):
+        with pytest.raises(UserError, match="no such file"):
+            eval.load_json(other)
+
+
+@pytest.mark.parametrize("step", ["1", None, 1.5, 10**400, [], math.nan])
+def test_a_step_that_is_no_number_is_one_line(step, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": step, "loss": 1}))
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 1: "):
+        report.check_logs([tmp_path])
+
+
+@pytest.mark.parametrize("loss", [-1.0, 0.0, 1e-300, 1e8, "1", None, True, 10**400])
+def test_any_loss_is_drawn_or_left_out(loss, tmp_path):
+    lines = [{"step": i, "phase": "one", "loss": loss} for i in range(4)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    report.write(tmp_path / "a.html", [("run", [], [])], runs=[str(tmp_path)])
+    drawn = len(Page(tmp_path / "a.html").all("polyline"))
+    assert drawn == (2 if isinstance(loss, (int, float)) and loss < 1e9 else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ import data
 import grpo
 import model as plain
 from engine import distributed
+from engine.output import check_outputs, whole_file
 from engine.settings import parse, run_main, setting
 from engine.shared_prefix import rollout
 from formats.errors import UserError
@@ -654,6 +655,7 @@ def main():
     if settings.turn:
         take_turn(settings)
         return
+    check_outputs({"--json": settings.json})
     names = ["naive", "ours"]
     if importlib.util.find_spec("trl") is not None:
         names.append("trl")
@@ -662,10 +664,12 @@ def main():
     ratio = {phase: out["naive"][phase] / out["ours"][phase] for phase in PHASES}
     ratio["memory"] = out["ours"]["step_memory"] / out["naive"]["step_memory"]
     out["ratio"] = ratio
-    if settings.json:
-        with open(settings.json, "w") as file:
-            json.dump(out, file, indent=1)
-    show(settings, out, turns["ours"][-1]["rates"])
+    try:
+        if settings.json:
+            with whole_file(settings.json, "--json") as file:
+                json.dump(out, file, indent=1)
+    finally:  # shown also where it can't be written
+        show(settings, out, turns["ours"][-1]["rates"])
 
 
 if __name__ == "__main__":

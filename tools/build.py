@@ -17,11 +17,11 @@ two RGB-D views of one place; cam_to_world is the camera's pose, 4 x 4, in metre
 questions about the camera's motion and about points, marked in one view and seen in both.
 """
 
+import filecmp
 import json
 import os
 import shutil
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -29,6 +29,7 @@ from zlib import crc32
 import numpy as np
 from tqdm import tqdm
 
+from engine.output import check_outputs, whole_file
 from engine.settings import parse, run_main, setting
 from formats.errors import BadRow
 from formats.instances import POINT_REGION, centers_of, images_of, path_of
@@ -73,10 +74,11 @@ def build(args):
     """
     if not (args.scenes or args.pairs):
         raise BadRow("build: needs --scenes scenes.jsonl or --pairs pairs.jsonl")
+    check_outputs({"--out": args.out}, [args.scenes, args.pairs])
     written = Counter()  # {(task, column of the table): instances}
     dropped = Counter()  # {(task, column of the table, reason): instances}
     as_list = not args.out.endswith(".jsonl")
-    with whole_file(args.out) as file:
+    with whole_file(args.out, "--out") as file:
         for row in rows_of(args):
             column = column_of(row)
             reason = None if column == "no trace" else fault(row)
@@ -563,7 +565,8 @@ def true_centers(marked):
 def link(name, folder, copy, args):
     """A picture as the instances name it, relative to the folder of --out.
 
-    With --pictures it is a copy there, named `copy` with the ending of `name`.
+    With --pictures it is a copy there, named `copy` with the ending of `name`. BadRow where that
+    would replace another file.
     """
     path = os.path.join(folder, name)
     if args.pictures:
@@ -571,30 +574,14 @@ def link(name, folder, copy, args):
         path = os.path.join(args.pictures, copy + os.path.splitext(name)[1])
         try:
             os.makedirs(args.pictures, exist_ok=True)
-            shutil.copyfile(original, path)
+            if not os.path.exists(path):
+                shutil.copyfile(original, path)
+            elif not filecmp.cmp(original, path, shallow=False):
+                raise BadRow(f"--pictures {path}: is another picture already; name an empty folder")
         except OSError as error:
             reason = error.strerror or error
             raise BadRow(f"--pictures {args.pictures}: cannot write there ({reason})") from None
     return os.path.relpath(path, os.path.dirname(os.path.abspath(args.out)))
-
-
-@contextmanager
-def whole_file(path):
-    """A text file to write that appears under its name only when it is complete."""
-    if os.path.isdir(path):
-        raise BadRow(f"--out {path}: is a folder, needs the name of a file")
-    partial = f"{path}.partial"
-    try:
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        file = open(partial, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise BadRow(f"--out {path}: cannot write there ({error.strerror})") from None
-    try:
-        with file:
-            yield file
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
 
 
 def main():

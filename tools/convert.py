@@ -27,10 +27,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from engine.output import check_outputs, whole_file
 from engine.settings import parse, run_main, setting
 from formats.errors import BadRow
 from formats.scenes import corners, project
-from tools.build import whole_file
 
 HIDDEN = 1 / 3  # objects with less of them visible are left out: nobody can be asked about them
 NEAR = 0.1  # metres; a box that reaches nearer to the camera, or behind it, cannot be projected
@@ -66,13 +66,14 @@ class Settings:
 
 def convert(args):
     """Write a scenes.jsonl; print how many pictures and objects, and what was left out."""
+    check_outputs({"--out": args.out}, [args.path])
     folder = os.path.dirname(os.path.abspath(args.out))
     read = READERS[args.format]
     dropped = Counter()  # {reason: objects}
     maps = set()  # depth maps that were found
     pictures = 0
     objects = 0
-    with whole_file(args.out) as file:
+    with whole_file(args.out, "--out") as file:
         try:
             for scene in tqdm(read(args.path, args.images), desc=args.format, unit=""):
                 scene["objects"] = usable_objects(scene, dropped)

@@ -45,10 +45,10 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
+from engine.output import whole_file
 from engine.settings import parse, run_main, setting
 from formats.errors import BadRow
 from formats.scenes import read_lines
-from tools.build import whole_file
 from tools.convert import picture_size
 
 
@@ -232,7 +232,7 @@ def finished_maps(args):
         if os.path.isfile(os.path.join(args.out, row["depth"])):
             done[row["depth"]] = row
     # A map that was deleted is made again and gets a new line: the old one has to go.
-    with whole_file(path) as file:
+    with whole_file(path, "--out") as file:
         file.writelines(json.dumps(row) + "\n" for row in done.values())
     return done
 

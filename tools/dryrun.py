@@ -32,6 +32,7 @@ import grpo
 import model as model_file
 import sft
 from engine import distributed, plan, shared_prefix, watch
+from engine.output import check_outputs, whole_file
 from engine.settings import parse, run_main, setting
 from formats.errors import UserError
 from tools import bench, fake_cuda
@@ -365,13 +366,16 @@ def show(settings, numbers, seconds):
 
 def main():
     settings = parse(Settings, __doc__)
+    check_outputs({"--json": settings.json})
     start = time.monotonic()
     with contextlib.redirect_stdout(None):  # of the stage
         numbers = dry_run(settings)
-    if settings.json:
-        with open(settings.json, "w") as file:
-            json.dump(numbers, file, indent=1)
-    show(settings, numbers, time.monotonic() - start)
+    try:
+        if settings.json:
+            with whole_file(settings.json, "--json") as file:
+                json.dump(numbers, file, indent=1)
+    finally:  # shown also where it can't be written
+        show(settings, numbers, time.monotonic() - start)
 
 
 if __name__ == "__main__":

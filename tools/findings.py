@@ -25,6 +25,7 @@ from html import escape
 
 import numpy as np
 
+from engine.output import check_outputs, whole_file
 from engine.report import log_lines
 from engine.settings import parse, run_main, setting
 from eval import load_json
@@ -72,6 +73,7 @@ def show():
     settings = parse(Settings, __doc__)
     if not all("=" in column for column in settings.columns):
         raise UserError('columns: need NAME=PATTERN, such as "GRPO=out/grpo_*/eval.json"')
+    check_outputs({"--figure": settings.figure})
     heads, patterns = zip(*(column.split("=", 1) for column in settings.columns))
     columns = [load(pattern) for pattern in patterns]
     counts = [f"{head} {len(seeds)}" for head, seeds in zip(heads, columns)]
@@ -341,7 +343,7 @@ def draw(path, heads, lines, curves_pattern):
     else:
         width = 630
         body = bars(heads, shown, Panel(50, 50, 560, 220))
-    with open(path, "w") as file:
+    with whole_file(path, "--figure") as file:
         file.write(
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 340" '
             f'font-family="sans-serif"><rect width="{width}" height="340" fill="white"/>'
