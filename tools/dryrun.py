@@ -31,7 +31,7 @@ import data
 import grpo
 import model as model_file
 import sft
-from engine import distributed, plan, shared_prefix, watch
+from engine import checkpoint, distributed, plan, shared_prefix, watch
 from engine.output import check_outputs, whole_file
 from engine.settings import parse, run_main, setting
 from formats.errors import UserError
@@ -205,6 +205,7 @@ def stand_ins(card, settings, rows, tokenizer, processor):
     data.encode = lambda row, tokenizer, processor, train: dict(encoded[row["source"], train])
     data.load_ahead = lambda rows, positions, *args, **kwargs: (rows[i] for i in positions)
     distributed.even_out = lambda items, device: items
+    checkpoint.fingerprint = lambda model: "of weights without numbers"
 
     scores = iter(range(10**9))
 
