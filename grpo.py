@@ -332,7 +332,9 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
     data.score, which the log always shows. Default: parts["reward"], their weighted sum.
     """
     reward_function = reward_function or whole_reward
-    origin = origin_of(model, getattr(rows, "sources", []))
+    sources = getattr(rows, "sources", [])
+    data.check_with(sources, tokenizer, processor)
+    origin = origin_of(model, sources)
     learner = set_up(settings, model, tokenizer, processor, rows, device)
     keeper = Keeper(settings, learner.model, tokenizer, processor, origin, learner.generator)
     first_step, position = keeper.begin("GRPO", settings.steps, learner.optimizer)  # 0, 0: fresh

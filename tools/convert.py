@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from engine.output import check_outputs, whole_file
 from engine.settings import parse, run_main, setting
+from formats import pictures
 from formats.errors import BadRow
 from formats.scenes import corners, project
 
@@ -459,10 +459,9 @@ def number_lines(path, hint):
 def picture_size(path, hint=""):
     """-> (width, height) of a picture."""
     try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, Image.DecompressionBombError) as error:
-        raise BadRow(f"{path}: cannot read the picture ({error}){hint}") from None
+        return pictures.picture_size(path)
+    except pictures.BadPicture as error:
+        raise BadRow(f"{error}{hint}") from None
 
 
 def main():

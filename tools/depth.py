@@ -48,8 +48,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from engine.output import whole_file
 from engine.settings import parse, run_main, setting
 from formats.errors import BadRow
+from formats.pictures import open_picture, picture_size
 from formats.scenes import read_lines
-from tools.convert import picture_size
 
 
 @dataclass
@@ -82,7 +82,7 @@ def depth(args):
     print(f"{args.model}: {kind}")
     with tqdm(total=len(todo), desc="depth", unit="") as bar:
         for batch in batches_of_one_size(todo, sizes, args.batch):
-            depths, focals = predict(model, processor, [read_rgb(path) for path in batch])
+            depths, focals = predict(model, processor, [open_picture(path) for path in batch])
             for path, z, focal in zip(batch, depths, focals):
                 save_depth(z, os.path.join(args.out, map_name(path)), metric)
                 add_line(path, sizes[path], focal, metric, args)
@@ -235,14 +235,6 @@ def finished_maps(args):
     with whole_file(path, "--out") as file:
         file.writelines(json.dumps(row) + "\n" for row in done.values())
     return done
-
-
-def read_rgb(path):
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: a broken PNG
-        raise BadRow(f"{path}: cannot read the picture ({error})") from None
 
 
 def save_depth(z, path, metric):
