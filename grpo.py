@@ -120,7 +120,6 @@ class Settings:
         "spread: least standard deviation of a group's rewards",
         at_least=0,
         at_most=1,
-        only_with=("filter=spread",),
     )
     rounds: int = setting(
         1,
