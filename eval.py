@@ -431,11 +431,11 @@ def cell(value, half):
     return "      -     " if value is None else f"{value:6.3f} ±{half:.3f}"
 
 
-def write_json(path, results):
-    """The table and the responses; under its name only when it is whole. On rank 0."""
+def write_json(path, results, **more):
+    """The table, the responses, and what else is given; whole or not at all. On rank 0."""
     if distributed.rank() == 0:
         with whole_file(path) as file:
-            json.dump({"table": make_table(results), "responses": results}, file)
+            json.dump({"table": make_table(results), "responses": results, **more}, file)
 
 
 def is_number_or_null(value):

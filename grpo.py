@@ -45,6 +45,7 @@ import sft
 from engine import distributed, plan, report, watch
 from engine.checkpoint import (
     Keeper,
+    fingerprint,
     hold,
     load_model,
     origin_of,
@@ -736,19 +737,31 @@ def load_start(settings, device):
 def evaluate_start(settings, model, tokenizer, processor, questions, device):
     """Greedy answers of the cold start; those of an earlier run where this one is resumed."""
     file = os.path.join(settings.out, "eval_cold_start.json")
+    origin = {"model": fingerprint(model), "max_new_tokens": settings.max_new_tokens}
     if settings.resume and os.path.isfile(file):
-        try:
-            results = eval.load_json(file)["responses"]
-        except UserError as error:
-            raise UserError(f"{error}; remove it, and it is made again") from None
-        if len(results) == len(questions):
-            return results
+        earlier = earlier_evaluation(file, origin)
+        if len(earlier) == len(questions):
+            return earlier
     shapes = distributed.freeze(distributed.shapes_of(model), device)
     model = distributed.shard(shapes, device, source=model)  # a copy that is not kept
     asked = eval.Settings(max_new_tokens=settings.max_new_tokens)
     results = eval.answer(model, tokenizer, processor, questions, device, asked, title="cold start")
-    eval.write_json(file, results)
+    eval.write_json(file, results, origin=origin)
     return results
+
+
+def earlier_evaluation(file, origin):
+    """The responses in a file of `evaluate_start`; UserError where they are of another model."""
+    try:
+        found = eval.load_json(file)
+    except UserError as error:
+        raise UserError(f"{error}; remove it, and it is made again") from None
+    if found.get("origin", origin) != origin:  # files of earlier versions have none
+        raise UserError(
+            f"{file}: of another --model or --max_new_tokens than those of this run; remove it, "
+            "and it is made again"
+        )
+    return found["responses"]
 
 
 def evaluate_end(settings, model, tokenizer, processor, questions, device, before):
