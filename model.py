@@ -432,6 +432,13 @@ def check_processor(processor, config):
             raise ValueError(
                 f"preprocessor_config.json: {field} is {has}, the vision tower has {needs}"
             )
+    probe = processor(images=[torch.full((3, 48, 64), 128, dtype=torch.uint8)], return_tensors="pt")
+    pixels = probe["pixel_values"]  # (P, numbers of a patch)
+    patches = processor.get_number_of_image_patches(48, 64, {})
+    tower = config.vision_config
+    numbers = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+    if pixels.shape != (patches, numbers) or not pixels.isfinite().all():
+        raise ValueError("preprocessor_config.json: makes no patches that the vision tower takes")
 
 
 def check_weights(model, report):
