@@ -212,6 +212,7 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
         rows = model.get_input_embeddings().num_embeddings
         if len(tokenizer) > rows:  # most embeddings have spare rows: this one has none for <mask>
             model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        check_stops(model)
         return model, tokenizer, processor
 
     def encode_images(self, pixel_values, image_grid_thw, points=None, regions=None):
@@ -441,6 +442,16 @@ def check_processor(processor, config):
         raise ValueError("preprocessor_config.json: makes no patches that the vision tower takes")
 
 
+def check_stops(model):
+    """ValueError for ends of a response that are no tokens of the model."""
+    tokens = model.get_input_embeddings().num_embeddings
+    for stop in stops_of(model):
+        if type(stop) is not int or not 0 <= stop < tokens:
+            raise ValueError(
+                f"generation_config.json: eos_token_id has {stop!r}, needs ids below {tokens}"
+            )
+
+
 def check_weights(model, report):
     """ValueError if weights are missing, of another shape, or not finite; report: of loading."""
     new_parts = ("point_embed", "region_proj")
@@ -553,9 +564,7 @@ def token_rules(model, tokenizer, device):
     region that is not there; and the spare rows of the embedding, which are no token at all: they
     would earn the reward of a text in which they do not show.
     """
-    stop = model.generation_config.eos_token_id
-    stop = set(stop) if isinstance(stop, list) else {stop}
-    stop = (stop | {tokenizer.eos_token_id}) - {None}
+    stop = {*stops_of(model), tokenizer.eos_token_id}
     banned = set(tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
     banned |= {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     banned |= set(range(model.config.text_config.vocab_size)) - set(tokenizer.get_vocab().values())
@@ -563,6 +572,14 @@ def token_rules(model, tokenizer, device):
     stop_ids = torch.tensor(sorted(stop), device=device)
     banned_ids = torch.tensor(sorted(banned), device=device)
     return stop_ids, banned_ids
+
+
+def stops_of(model):
+    """The ids that end a response by the model's generation_config.json, a list."""
+    stops = model.generation_config.eos_token_id
+    if stops is None:
+        return []
+    return stops if isinstance(stops, list) else [stops]
 
 
 def allowed_logits(logits, banned, temperature):
