@@ -352,7 +352,7 @@ def kitti_projection(path):
         name, _, values = line.partition(":")
         if name.strip() == "P2":
             projection = np.array(to_numbers(values.split(), 12, where)).reshape(3, 4)
-            check_camera(projection[:, :3].tolist(), where)
+            check_camera(projection[:, :3].tolist(), f"{where}: P2")
             return projection
     raise BadRow(f"{path}: has no line 'P2' of 12 numbers")
 
@@ -510,7 +510,7 @@ def read_nuscenes(path, images, dropped):
         ego, ego_where = looked_up(egos, frame, "ego_pose_token", where)
         check_pose(ego, ego_where)
         check_pose(sensor, sensor_where)
-        check_camera(sensor["camera_intrinsic"], sensor_where)
+        check_camera(sensor["camera_intrinsic"], f"{sensor_where}: camera_intrinsic")
         for field in ("token", "sample_token", "filename"):
             check_text(frame, field, where)
         check_size(frame, where)
