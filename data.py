@@ -25,7 +25,7 @@ import re
 import signal
 import sys
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 
 import numpy as np
@@ -36,8 +36,10 @@ from formats.errors import BadRow
 from formats.files import Rows
 from formats.instances import (
     IMAGE_PLACEHOLDER,
+    REGION_PLACEHOLDER,
     answer_of,
     centers_of,
+    check_instance,
     draw_marks,
     images_of,
     intrinsics_of,
@@ -57,6 +59,7 @@ from model import (
     IMAGE_PAD,
     IMAGE_START,
     POINT_DIM,
+    REGION_TOKEN,
     encode_points,
     mrope_positions,
     point_map,
@@ -85,7 +88,8 @@ PROMPTS = {"lor": LOR_PROMPT, "dtr": DTR_PROMPT}
 DTR_IMAGES_PROMPT = DTR_PROMPT.replace(
     "in meters (", "in the camera frame of image {K} (0 is the first), in meters ("
 ).replace("<detect>Find 1", "<detect>After aligning to the reference frame {K}, find 1")
-CHAT = "<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n"
+TURN_START = "<|im_start|>"
+TURN_END = "<|im_end|>"
 
 # ----------------------------------------------------------------------------------------------
 # instance -> tensors -> batch
@@ -94,18 +98,19 @@ CHAT = "<|im_start|>user\n{images}{text}<|im_end|>\n<|im_start|>assistant\n"
 def encode(row, tokenizer, processor, train):
     """One instance -> a dict of tensors and token lists; train: with its target.
 
-    prompt, target: lists of token ids; position_ids (3, L) of both; pixel_values, image_grid_thw: what the image processor
-    makes; points (P, POINT_DIM), NaN without depth; regions (R, P), a row of weights per `<mask>`,
-    0 over the patches of other images. P counts the patches of all images of the row. BadRow if it
-    can't be.
+    prompt, target: lists of token ids; position_ids (3, L) of both; pixel_values, image_grid_thw:
+    what the image processor makes; points (P, POINT_DIM), NaN without depth; regions (R, P), a row
+    of weights per `<mask>`, 0 over the patches of other images. P counts the patches of all images
+    of the row. BadRow if it can't be.
     """
     images = [open_image(row, i) for i in range(len(images_of(row)))]
     sizes = [image.size for image in images]
+    patches = patches_of(row, sizes, processor)
+    prompt, target = token_ids(row, patches, tokenizer, processor, train)
     marked = [draw_marks(image, row, i) for i, image in enumerate(images)]
     vision = processor(images=marked, return_tensors="pt")
     merge_size = processor.merge_size
     grids = [tuple(grid) for grid in vision["image_grid_thw"][:, 1:].tolist()]  # (rows, columns)
-    patches = [rows * columns for rows, columns in grids]
 
     points = torch.cat(
         [image_points(row, i, sizes[i], grid, merge_size) for i, grid in enumerate(grids)]
@@ -117,12 +122,6 @@ def encode(row, tokenizer, processor, train):
         own_patches = row_weights.split(patches)[i]
         own_patches.copy_(region_weights(mask[None], grids[i], merge_size)[0])
 
-    # A training target without <answer> (a caption, a bare box) follows the bare question.
-    target = turns(row)[1]
-    with_template = not train or rewards.extract_answer(target) is not None
-    pads = [IMAGE_START + IMAGE_PAD * (count // merge_size**2) + IMAGE_END for count in patches]
-    prompt = tokenizer(prompt_text(row, with_template, pads))["input_ids"]
-    target = tokenizer(target + tokenizer.eos_token)["input_ids"] if train else []
     is_image = torch.tensor(prompt + target) == tokenizer.convert_tokens_to_ids(IMAGE_PAD)
     return {
         "prompt": prompt,
@@ -135,32 +134,97 @@ def encode(row, tokenizer, processor, train):
     }
 
 
-def prompt_text(row, with_template, pads):
-    """The chat up to the response; pads: the run of image tokens of each image.
+def patches_of(row, sizes, processor):
+    """The number of patches of each image; sizes: (W, H) in pixels. BadRow for a thin strip."""
+    patches = []
+    for width, height in sizes:
+        try:
+            patches.append(processor.get_number_of_image_patches(height, width, {}))
+        except ValueError as error:
+            raise BadRow(
+                f"{row['source']}: field 'image': {width}x{height} pixels ({error})"
+            ) from None
+    return patches
+
+
+def token_ids(row, patches, tokenizer, processor, train):
+    """The prompt and the target as lists of token ids; patches: the number of each image.
+
+    The row's own words stay words: none becomes a special token, whatever it spells. BadRow for
+    more tokens than the model's context has.
+    """
+    # A training target without <answer> (a caption, a bare box) follows the bare question.
+    _, target = turns(row)
+    with_template = not train or rewards.extract_answer(target) is not None
+    front, text = prompt_text(row, with_template, len(patches))
+
+    def words(text):
+        """Plain text -> ids."""
+        found = tokenizer(text, split_special_tokens=True, add_special_tokens=False, verbose=False)
+        return found["input_ids"]
+
+    def special(token):
+        return [tokenizer.convert_tokens_to_ids(token)]
+
+    counts = iter([count // processor.merge_size**2 for count in patches])
+    prompt = special(TURN_START) + words("user\n")
+    for part in re.split(f"({IMAGE_PLACEHOLDER}|{REGION_PLACEHOLDER})", front + text):
+        if part == IMAGE_PLACEHOLDER:
+            prompt += special(IMAGE_START) + special(IMAGE_PAD) * next(counts) + special(IMAGE_END)
+        elif part == REGION_PLACEHOLDER:
+            prompt += special(REGION_TOKEN)
+        else:
+            prompt += words(part)
+    prompt += special(TURN_END) + words("\n") + special(TURN_START) + words("assistant\n")
+    target = words(target) + [tokenizer.eos_token_id] if train else []
+    length = len(prompt) + len(target)
+    if length > tokenizer.model_max_length:
+        raise BadRow(
+            f"{row['source']}: field 'conversations': {length:,} tokens with its images; the "
+            f"model's context has {tokenizer.model_max_length:,}"
+        )
+    return prompt, target
+
+
+def prompt_text(row, with_template, images):
+    """The placeholders of images in front of the question, and the text that follows them.
 
     An image stands where the text says `<image>`, else in front. Images in front of the question
     stay in front of the template, too.
     """
     text = text_of(row)
     if IMAGE_PLACEHOLDER not in text:
-        text = IMAGE_PLACEHOLDER * len(pads) + text
-    front = re.match(rf"(\s*{IMAGE_PLACEHOLDER})*", text)[0]
-    in_front = front.count(IMAGE_PLACEHOLDER)
-    text = text.removeprefix(front).strip()
-    if in_front + text.count(IMAGE_PLACEHOLDER) != len(pads):
+        text = IMAGE_PLACEHOLDER * images + text
+    if text.count(IMAGE_PLACEHOLDER) != images:
         raise BadRow(
-            f"{row['source']}: field 'conversations': {len(pads)} images need as many <image>, "
-            "or none"
+            f"{row['source']}: field 'conversations': {images} images need as many <image>, or none"
         )
+    front = re.match(rf"(\s*{IMAGE_PLACEHOLDER})*", text)[0]
+    text = text.removeprefix(front).strip()
     if with_template:
-        if path_of(row) == "dtr" and len(pads) > 1:
+        if path_of(row) == "dtr" and images > 1:
             template = DTR_IMAGES_PROMPT.replace("{K}", str(reference_frame(row)))
         else:
             template = PROMPTS[path_of(row)]
         text = template.replace("{Q}", text)
-    for pad in pads[in_front:]:
-        text = text.replace(IMAGE_PLACEHOLDER, pad, 1)
-    return CHAT.format(images="".join(pads[:in_front]), text=text)
+    return IMAGE_PLACEHOLDER * front.count(IMAGE_PLACEHOLDER), text
+
+
+def check_row(row, tokenizer, processor):
+    """BadRow unless the row encodes, as a row of training and as a prompt to be answered."""
+    check_instance(row)
+    sizes = [open_image(row, i).size for i in range(len(images_of(row)))]
+    patches = patches_of(row, sizes, processor)
+    for train in (True, False):
+        token_ids(row, patches, tokenizer, processor, train)
+
+
+def check_with(sources, tokenizer, processor):
+    """From now on rows of files are good if they encode for this model; says so of the first 20."""
+    for name, rows, _ in sources:
+        if isinstance(rows, Rows):
+            rows.check_with(partial(check_row, tokenizer=tokenizer, processor=processor))
+            check_first(name, rows)
 
 
 def image_points(row, index, size, grid, merge_size):
@@ -355,9 +419,14 @@ def file_source(spec, skip_bad_rows=False):
         raise BadRow(
             f"--data {spec}: an epoch of {len(rows) * weight:.3g} rows; {MOST_ROWS:,} are the most"
         )
-    if not list(islice(rows, 20)):
-        raise BadRow(f"--data {spec}: no usable row")
+    check_first(path, rows)
     return os.path.basename(path), rows, weight
+
+
+def check_first(name, rows):
+    """BadRow if one of the first 20 rows is bad, or, with --skip_bad_rows, if none is good."""
+    if not list(islice(rows, 20)):
+        raise BadRow(f"--data {name}: no usable row")
 
 
 def scenes_source(path):

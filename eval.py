@@ -39,13 +39,13 @@ from formats.instances import (
     answer_of,
     best_path,
     draw_marks,
-    finite,
     on_paths,
     open_image,
     path_of,
     question_of,
     reference_frame,
 )
+from formats.values import is_number
 from model import decode, token_rules
 from world.questions import GENERAL_FAMILIES, REGION_FAMILIES
 from world.sources import MOST_QUESTIONS, held_out
@@ -431,15 +431,11 @@ def cell(value, half):
     return "      -     " if value is None else f"{value:6.3f} ±{half:.3f}"
 
 
-def write_json(path, results):
-    """The table and the responses; under its name only when it is whole. On rank 0."""
+def write_json(path, results, **more):
+    """The table, the responses, and what else is given; whole or not at all. On rank 0."""
     if distributed.rank() == 0:
         with whole_file(path) as file:
-            json.dump({"table": make_table(results), "responses": results}, file)
-
-
-def is_number(value):
-    return finite([value], 1)
+            json.dump({"table": make_table(results), "responses": results, **more}, file)
 
 
 def is_number_or_null(value):
@@ -590,12 +586,15 @@ def report_comparison(settings, evaluations, rows):
     report.write(settings.report, named, rows, runs)
 
 
-def evaluate(settings, rows):
+def evaluate(settings, sources):
     """Ask, score, and tell."""
     device = distributed.setup(settings.seed)
     model, tokenizer, processor = load_model(settings.model)
     distributed.use_attention(model, settings.attention)
-    rows = rows or held_out(settings.questions, image_side(processor), world=settings.world)
+    data.check_with(sources, tokenizer, processor)
+    rows = rows_of(sources) or held_out(
+        settings.questions, image_side(processor), world=settings.world
+    )
     rows = on_paths(rows, settings.path)
     if not rows:
         raise UserError("nothing to answer: no question asked for")
@@ -606,6 +605,10 @@ def evaluate(settings, rows):
             write_json(settings.json, results)
     finally:  # told also where it can't be written
         tell(settings, rows, results)
+
+
+def rows_of(sources):
+    return [row for _, rows, _ in sources for row in rows]
 
 
 def tell(settings, rows, results):
@@ -645,13 +648,12 @@ def main():
     settings = parse(Settings, __doc__, moved=MOVED, check=check_flags)
     check_files(settings)
     sources = data.user_sources(settings)
-    rows = [row for _, of_source, _ in sources for row in of_source]
     if settings.compare:
         evaluations = compare(settings.compare)
         if settings.report:
-            report_comparison(settings, evaluations, rows)
+            report_comparison(settings, evaluations, rows_of(sources))
     else:
-        evaluate(settings, rows)
+        evaluate(settings, sources)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ import sft
 from engine import distributed, plan, report, watch
 from engine.checkpoint import (
     Keeper,
+    fingerprint,
     hold,
     load_model,
     origin_of,
@@ -120,7 +121,6 @@ class Settings:
         "spread: least standard deviation of a group's rewards",
         at_least=0,
         at_most=1,
-        only_with=("filter=spread",),
     )
     rounds: int = setting(
         1,
@@ -332,7 +332,9 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
     data.score, which the log always shows. Default: parts["reward"], their weighted sum.
     """
     reward_function = reward_function or whole_reward
-    origin = origin_of(model, getattr(rows, "sources", []))
+    sources = getattr(rows, "sources", [])
+    data.check_with(sources, tokenizer, processor)
+    origin = origin_of(model, sources)
     learner = set_up(settings, model, tokenizer, processor, rows, device)
     keeper = Keeper(settings, learner.model, tokenizer, processor, origin, learner.generator)
     first_step, position = keeper.begin("GRPO", settings.steps, learner.optimizer)  # 0, 0: fresh
@@ -735,19 +737,31 @@ def load_start(settings, device):
 def evaluate_start(settings, model, tokenizer, processor, questions, device):
     """Greedy answers of the cold start; those of an earlier run where this one is resumed."""
     file = os.path.join(settings.out, "eval_cold_start.json")
+    origin = {"model": fingerprint(model), "max_new_tokens": settings.max_new_tokens}
     if settings.resume and os.path.isfile(file):
-        try:
-            results = eval.load_json(file)["responses"]
-        except UserError as error:
-            raise UserError(f"{error}; remove it, and it is made again") from None
-        if len(results) == len(questions):
-            return results
+        earlier = earlier_evaluation(file, origin)
+        if len(earlier) == len(questions):
+            return earlier
     shapes = distributed.freeze(distributed.shapes_of(model), device)
     model = distributed.shard(shapes, device, source=model)  # a copy that is not kept
     asked = eval.Settings(max_new_tokens=settings.max_new_tokens)
     results = eval.answer(model, tokenizer, processor, questions, device, asked, title="cold start")
-    eval.write_json(file, results)
+    eval.write_json(file, results, origin=origin)
     return results
+
+
+def earlier_evaluation(file, origin):
+    """The responses in a file of `evaluate_start`; UserError where they are of another model."""
+    try:
+        found = eval.load_json(file)
+    except UserError as error:
+        raise UserError(f"{error}; remove it, and it is made again") from None
+    if found.get("origin", origin) != origin:  # files of earlier versions have none
+        raise UserError(
+            f"{file}: of another --model or --max_new_tokens than those of this run; remove it, "
+            "and it is made again"
+        )
+    return found["responses"]
 
 
 def evaluate_end(settings, model, tokenizer, processor, questions, device, before):

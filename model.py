@@ -189,14 +189,7 @@ class RegionVLM(Qwen3VLForConditionalGeneration):
         where its parts do not fit together; other errors of transformers where it can't be read.
         No code of a folder is ever run, and no pickle is read.
         """
-        config = read_config(name)
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-        if not hasattr(config, "region_token_id"):  # a stock checkpoint
-            tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)
-            config.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
-        check_tokenizer(tokenizer, config)
-        check_processor(processor, config)
+        config, tokenizer, processor = load_processing(name)
         if shapes_only:
             with torch.device("meta"):
                 model = cls(config)
@@ -372,7 +365,13 @@ def read_config(name):
         raise ValueError("its weights are quantized (quantization_config); give the original ones")
     config = Qwen3VLConfig.from_dict(fields)
     for part, names in (
-        (config.text_config, ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim")),
+        (
+            config.text_config,
+            (
+                *("vocab_size", "hidden_size", "num_hidden_layers", "head_dim"),
+                "max_position_embeddings",
+            ),
+        ),
         (config.vision_config, ("depth", "hidden_size", "patch_size", "spatial_merge_size")),
     ):
         for field in names:
@@ -381,6 +380,20 @@ def read_config(name):
                 raise ValueError(f"config.json: {field} is {value}; needs a whole number above 0")
     config.text_config.attention_dropout = 0.0  # scoring in train mode must not drop anything
     return config
+
+
+def load_processing(name):
+    """All of a model but its weights -> config, tokenizer, processor; errors: see RegionVLM.load."""
+    config = read_config(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+    if not hasattr(config, "region_token_id"):  # a stock checkpoint
+        tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)
+        config.region_token_id = tokenizer.convert_tokens_to_ids(REGION_TOKEN)
+    check_tokenizer(tokenizer, config)
+    check_processor(processor, config)
+    tokenizer.model_max_length = config.text_config.max_position_embeddings
+    return config, tokenizer, processor
 
 
 def check_tokenizer(tokenizer, config):

@@ -300,6 +300,7 @@ def train(settings, model, tokenizer, processor, sources, device):
     check(settings)
     fill_by_size(settings, lr="sft_lr")
     plan.check(model, settings, device)
+    data.check_with(sources, tokenizer, processor)
     origin = origin_of(model, sources)
     model = distributed.shard(model, device, settings.checkpointing)
     keeper = Keeper(settings, model, tokenizer, processor, origin)

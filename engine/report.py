@@ -36,7 +36,6 @@ from formats.instances import (
     MARK_COLORS,
     centers_of,
     draw_marks,
-    finite,
     intrinsics_of,
     open_depth,
     open_image,
@@ -45,6 +44,7 @@ from formats.instances import (
     reference_frame,
 )
 from formats.scenes import project
+from formats.values import are_numbers, is_number
 from rewards import parse_boxes
 from world.questions import ask_questions
 from world.sources import cached_scene
@@ -361,7 +361,7 @@ def curve(lines, key, name, color):
     points = []
     for line in lines:
         point = [line["step"], line.get(key)]
-        if finite(point, 2):
+        if are_numbers(point, 2):
             points.append(point)
     if len({step for step, _ in points}) < 2:
         return None
@@ -409,7 +409,7 @@ def log_line(text, where):
     except (ValueError, RecursionError):
         line = None
     step = line.get("step") if isinstance(line, dict) else None
-    if not isinstance(step, int) or not finite([step], 1):
+    if not isinstance(step, int) or not is_number(step):
         raise UserError(f"{where}: no JSON object with a 'step', a number; remove the line")
     return line
 

@@ -11,12 +11,13 @@ import mmap
 import os
 import re
 from array import array
-from functools import lru_cache
 
 import numpy as np
 
-from formats.errors import BadRow
-from formats.instances import check_row
+from formats.cache import ByteCache
+from formats.errors import BadRow, quote
+from formats.instances import check_instance
+from formats.values import tidy
 
 # Fields whose keys differ by row: some parquet files hold them as JSON text.
 JSON_FIELDS = ("conversations", "3d_pos", "bbox", "mask_idx")
@@ -38,7 +39,8 @@ class Rows:
             )
         self.path = path
         self.skip_bad_rows = skip_bad_rows
-        self.is_parquet = path.endswith(".parquet")
+        self.check = check_instance
+        self.is_parquet = path.lower().endswith(".parquet")
         if self.is_parquet:
             self.group_ends = index_parquet(path)
             self.length = int(self.group_ends[-1]) if len(self.group_ends) else 0
@@ -73,7 +75,7 @@ class Rows:
         try:
             row = self.read(i)
             if not self.checked[i]:
-                check_row(row)
+                self.check(row)
                 self.checked[i] = 1
             return row
         except BadRow as error:
@@ -85,16 +87,25 @@ class Rows:
                 print(f"skipped, {count} of {len(self):,} so far: {error}", flush=True)
             return None
 
+    def check_with(self, check):
+        """Ask this function, too, if a row is good: it raises BadRow for one that is not."""
+        self.check = check
+        self.checked = bytearray(self.length)
+
     def read(self, i):
         """Row i as it is in the file, with its "source" and the "folder" of its files."""
         source = f"{self.path}: row {i}"
         try:
             row = self.read_parquet(i) if self.is_parquet else self.read_json(i)
         except (ValueError, OSError, RecursionError) as error:
-            raise BadRow(f"{source}: not readable ({str(error).splitlines()[0]})") from None
+            raise BadRow(f"{source}: not readable ({quote(str(error))})") from None
         if not isinstance(row, dict):
             raise BadRow(f"{source}: needs a list of rows, each a JSON object")
-        return {**row, "source": source, "folder": os.path.dirname(os.path.abspath(self.path))}
+        return {
+            **tidy(row),
+            "source": source,
+            "folder": os.path.dirname(os.path.abspath(self.path)),
+        }
 
     def read_json(self, i):
         start, end = map(int, self.spans[i])
@@ -106,7 +117,7 @@ class Rows:
         group = int(np.searchsorted(self.group_ends, i, side="right"))
         start = int(self.group_ends[group - 1]) if group else 0
         table = row_group(self.path, group).slice(i - start, 1)
-        row = without_nulls(table.to_pylist()[0])
+        row = tidy(table.to_pylist()[0])
         for field in JSON_FIELDS:
             if isinstance(row.get(field), str):
                 row[field] = json.loads(row[field])
@@ -142,7 +153,7 @@ def spans_of_lines(text):
     start = 0
     for line in iter(text.readline, b""):
         end = start + len(line)
-        if not line.isspace():
+        if line.strip(b"\xef\xbb\xbf \t\r\n"):
             spans.extend((start, end))
         start = end
     return spans
@@ -192,7 +203,7 @@ def open_parquet(path):
     try:
         return ParquetFile(path)
     except (OSError, ValueError) as error:
-        raise BadRow(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from None
+        raise BadRow(f"{path}: not a parquet file ({quote(str(error))})") from None
 
 
 def index_parquet(path):
@@ -202,15 +213,12 @@ def index_parquet(path):
     return np.cumsum(rows)
 
 
-@lru_cache(maxsize=4)
+groups = ByteCache(256 * 2**20)
+
+
 def row_group(path, group):
-    return open_parquet(path).read_row_group(group)
-
-
-def without_nulls(value):
-    """The value without fields that are null: parquet writes null for a field that a row lacks."""
-    if isinstance(value, dict):
-        return {key: without_nulls(part) for key, part in value.items() if part is not None}
-    if isinstance(value, list):
-        return [without_nulls(part) for part in value]
-    return value
+    """One row group of a parquet file, a table."""
+    key = (path, os.stat(path).st_mtime_ns, group)
+    return groups.get(
+        key, lambda: open_parquet(path).read_row_group(group), lambda table: table.nbytes
+    )

@@ -8,10 +8,11 @@
 
 conversations  the question, with `<image>` and `<mask>` placeholders, and the target of training
 answer         the true answer; without it, the <answer> of the target, or the whole target
-image          a path beside the row's file, the encoded bytes that parquet embeds, or an array
+image          a path beside the row's file, the encoded bytes that parquet embeds, or an array. It
+               is turned upright by its EXIF: sizes, boxes and depth are those of the upright picture
 image_hw       optional, [H, W]: must be the picture's, as regions are in its pixels
 depth          a 16-bit PNG as large as the picture, 0 = no measurement, depth_scale metres per unit
-               (default 0.001); or an array in metres, NaN = no measurement
+               (default 0.001); a float TIFF in metres; or an array in metres, NaN = no measurement
 intrinsics     in pixels; without them a horizontal field of view of 60 degrees is assumed
 red_bbox ...   marks that are drawn on the picture, in thousandths of its width and height: boxes
                x1, y1, x2, y2, or points x, y in red_point ...; red, blue, green or yellow
@@ -36,22 +37,26 @@ The reader (formats/files.py) adds "source", file and row for messages, and "fol
 Whatever is wrong with a row is a BadRow: file, row, field, and what it should be.
 """
 
-import io
 import math
 import os
 import re
-from functools import lru_cache
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from formats.errors import BadRow
+from formats import pictures
+from formats.errors import BadRow, quote
+from formats.values import are_numbers, has_text, is_index
 from rewards import extract_answer, total_reward
 
 IMAGE_PLACEHOLDER = "<image>"
 REGION_PLACEHOLDER = "<mask>"
+# A region, and the mark that its question names before it: "the red bbox <mask>".
+MARK_AND_PLACEHOLDER = rf"(\w+ (?:bbox|point))?\s*{REGION_PLACEHOLDER}"
 DEFAULT_FOV = 60  # degrees, horizontal: for pictures without intrinsics
+SHORTEST_FOCAL = 0.1  # pixels
+LONGEST_TEXT = 10**6  # characters of a question or of a target
 MARK_COLORS = {
     "red": (255, 0, 0),
     "blue": (0, 0, 255),
@@ -92,13 +97,14 @@ def turns(row):
         raise BadRow(
             f"{row['source']}: field 'conversations': needs one question and one non-empty answer"
         )
-    question, target = values
-    return str(question), str(target)
-
-
-def has_text(value):
-    """Is this a text that is not blank, or a number?"""
-    return isinstance(value, (str, int, float)) and bool(str(value).strip())
+    question, target = (str(value) for value in values)
+    longest = max(len(question), len(target))
+    if longest > LONGEST_TEXT:
+        raise BadRow(
+            f"{row['source']}: field 'conversations': a text of {longest:,} characters; "
+            f"{LONGEST_TEXT:,} are the most"
+        )
+    return question, target
 
 
 def answer_of(row):
@@ -106,11 +112,12 @@ def answer_of(row):
     _, target = turns(row)
     answer = row.get("answer")
     if answer is None:
-        answer = extract_answer(target) or target
-    answer = str(answer).strip()
-    if not answer:
-        raise BadRow(f"{row['source']}: field 'answer': empty")
-    return answer
+        answer = (extract_answer(target) or target).strip() or None
+    if not has_text(answer):
+        raise BadRow(
+            f"{row['source']}: field 'answer': needs a text or a number, not {quote(answer)!r}"
+        )
+    return str(answer).strip()
 
 
 def text_of(row):
@@ -169,38 +176,26 @@ def is_one_camera(intrinsics):
     return not all(value is None or isinstance(value, list) for value in intrinsics)
 
 
-def open_image(row, index=0, field="image"):
-    """The picture in a field: of a path beside the row's file, of encoded bytes, or of an array."""
-    value = of_image(row, field, index)
+def open_image(row, index=0):
+    """A picture of the row, in RGB and upright. It may be shared: not to be changed."""
+    value = of_image(row, "image", index)
     if isinstance(value, np.ndarray):
         return Image.fromarray(value)
-    if isinstance(value, dict):  # as published in parquet: {"bytes": ..., "path": ...}
-        value = value.get("bytes", value.get("path"))
-    if isinstance(value, str):
-        file = os.path.join(row.get("folder", "."), value)
-        name = file
-    elif isinstance(value, bytes):
-        file = value
-        name = f"{len(value)} embedded bytes"
-    else:
-        raise BadRow(f"{row['source']}: field '{field}': needs a path")
     try:
-        return read_picture(file)
-    except FileNotFoundError:
-        raise BadRow(f"{row['source']}: field '{field}': no such file {name}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # A SyntaxError is what PIL raises for a broken PNG.
-        raise BadRow(
-            f"{row['source']}: field '{field}': unreadable image {name} ({error})"
-        ) from None
+        return pictures.open_picture(file_in(row, "image", value))
+    except pictures.BadPicture as error:
+        raise BadRow(f"{row['source']}: field 'image': {error}") from None
 
 
-@lru_cache(maxsize=16)  # a row is checked and then encoded: its pictures are read once
-def read_picture(file):
-    """The picture of a path or of encoded bytes."""
-    image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-    image.load()
-    return image
+def file_in(row, field, value):
+    """What a field holds of a picture -> its path, or its encoded bytes."""
+    if isinstance(value, dict):  # as published in parquet: {"bytes": ..., "path": ...}
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str) and value:
+        return os.path.join(row.get("folder", "."), value)
+    if isinstance(value, bytes):
+        return value
+    raise BadRow(f"{row['source']}: field '{field}': needs a path")
 
 
 def open_depth(row, width, height, index=0):
@@ -211,31 +206,34 @@ def open_depth(row, width, height, index=0):
     depth = of_image(row, "depth", index)
     if depth is None:
         return None
-    if isinstance(depth, (str, bytes, dict)):
-        depth = read_depth(row, index)
-    if not isinstance(depth, np.ndarray):
+    if isinstance(depth, np.ndarray):
+        depth = pictures.measured(depth)
+    elif isinstance(depth, (str, bytes, dict)):
+        depth = read_depth(row, depth)
+    else:
         raise BadRow(f"{row['source']}: field 'depth': needs the path of a 16-bit PNG")
     if depth.shape != (height, width):
         size = "x".join(map(str, depth.shape[::-1]))
+        upright = " upright" if depth.shape == (width, height) else ""
         raise BadRow(
-            f"{row['source']}: field 'depth': {size} pixels, the image has {width}x{height}"
+            f"{row['source']}: field 'depth': {size} pixels, the image has "
+            f"{width}x{height}{upright}"
         )
     return depth
 
 
-def read_depth(row, index):
-    """A picture of depth in units, 0 = no measurement -> (H, W) float32 metres, NaN there."""
-    picture = open_image(row, index, "depth")
-    if picture.mode in ("L", "P", "RGB") and "depth_scale" not in row:
+def read_depth(row, depth):
+    """What the field "depth" holds for one image -> (H, W) float32 metres, NaN = none."""
+    scale = row.get("depth_scale")
+    if scale is not None and not pictures.is_scale(scale):
         raise BadRow(
-            f"{row['source']}: field 'depth': 8-bit pictures hold relative depth; add "
-            "'depth_scale' (metres per unit) or leave the depth out"
+            f"{row['source']}: field 'depth_scale': {quote(scale)}, needs metres per unit, "
+            "such as 0.001"
         )
-    scale = row.get("depth_scale", 0.001)  # metres per unit
-    if not finite([scale], 1):
-        raise BadRow(f"{row['source']}: field 'depth_scale': needs a number, metres per unit")
-    depth = np.asarray(picture, np.float32) * scale
-    return np.where(depth > 0, depth, np.nan).astype(np.float32)
+    try:
+        return pictures.open_depth(file_in(row, "depth", depth), scale)
+    except pictures.BadPicture as error:
+        raise BadRow(f"{row['source']}: field 'depth': {error}") from None
 
 
 def intrinsics_of(row, width, height, index=0):
@@ -244,12 +242,29 @@ def intrinsics_of(row, width, height, index=0):
     if given is None:
         focal = width / 2 / math.tan(math.radians(DEFAULT_FOV / 2))
         return focal, focal, width / 2, height / 2
-    if not finite(given, 4) or min(given[:2]) <= 0:
+    if not are_numbers(given, 4) or min(given[:2]) < SHORTEST_FOCAL:
         raise BadRow(
             f"{row['source']}: field 'intrinsics': needs [fx, fy, cx, cy], pixels, finite, "
             "focal lengths > 0"
         )
     return tuple(map(float, given))
+
+
+def check_turned_camera(row, width, height, index):
+    """BadRow for intrinsics of a picture as it lies in its file, which EXIF turns upright."""
+    value = of_image(row, "image", index)
+    if of_image(row, "intrinsics", index) is None or isinstance(value, np.ndarray):
+        return
+    if not pictures.lies_sideways(file_in(row, "image", value)):
+        return
+    _, _, x, y = intrinsics_of(row, width, height, index)
+    from_upright = abs(x - width / 2) + abs(y - height / 2)
+    from_sideways = abs(x - height / 2) + abs(y - width / 2)
+    if from_sideways < from_upright:
+        raise BadRow(
+            f"{row['source']}: field 'intrinsics': of the picture as it lies in its file; upright "
+            f"by its EXIF it has {width}x{height} pixels: turn them, too"
+        )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -292,10 +307,10 @@ def images_of_marks(row, kind, fields):
         images = flat(given)
     else:
         images = [current_frame(row, field) for field in fields]
-    if len(images) != len(fields) or not all(image in range(count) for image in images):
+    if len(images) != len(fields) or not all(is_index(image, count) for image in images):
         raise BadRow(
             f"{row['source']}: field '{kind}_img_idx': needs the image, 0 to {count - 1}, of "
-            f"each of {fields}, not {given}"
+            f"each of {fields}, not {quote(given)}"
         )
     return images
 
@@ -331,28 +346,25 @@ def mark_shapes(row, field):
     inside = all(-1 <= value <= 1001 for shape in shapes for value in shape)
     if not inside or not ordered:
         raise BadRow(
-            f"{row['source']}: field '{field}': {shapes} must be "
+            f"{row['source']}: field '{field}': {quote(shapes)} must be "
             f"{wanted} in thousandths of the image, 0 to 1000"
+        )
+    if ordered and shapes and field.endswith("bbox") and max(map(max, shapes)) <= 1:
+        raise BadRow(
+            f"{row['source']}: field '{field}': {quote(shapes)} are shares of the image, 0 to 1? "
+            "Needs thousandths, 0 to 1000"
         )
     return shapes
 
 
 def boxes_of(row, field, boxes, count=4):
     """Boxes (with count 2: points) as they stand in a field, checked."""
-    if not isinstance(boxes, list) or not all(finite(box, count) for box in boxes):
+    if not isinstance(boxes, list) or not all(are_numbers(box, count) for box in boxes):
         raise BadRow(
             f"{row['source']}: field '{field}': needs a list of lists of {count} finite numbers, "
-            f"not {boxes}"
+            f"not {quote(boxes)}"
         )
     return boxes
-
-
-def finite(values, count):
-    """Is this a list of so many finite numbers?"""
-    if not isinstance(values, (list, tuple)) or len(values) != count:
-        return False
-    # The comparison is also false for NaN.
-    return all(isinstance(value, (int, float)) and abs(value) < 1e9 for value in values)
 
 
 def draw_marks(image, row, index=0):
@@ -361,7 +373,7 @@ def draw_marks(image, row, index=0):
     Per 1000 pixels of the image's width, the outline of a box is 5 pixels wide, and a point has a
     radius of 20. An outline is at least 2 pixels wide.
     """
-    image = image.convert("RGB")
+    image = image.convert("RGB")  # a copy
     pen = ImageDraw.Draw(image)
     for field, shapes, mark_image in marks_of(row):
         if mark_image != index:
@@ -438,7 +450,7 @@ def regions_of_marks(row, question, sizes):
     for field, shapes, image in marks_of(row):
         if shapes:
             marks[mark_name(field)] = (image, shapes[0])
-    names = re.findall(rf"(\w+ (?:bbox|point))?\s*{REGION_PLACEHOLDER}", question)
+    names = re.findall(MARK_AND_PLACEHOLDER, question)
     if not set(names) <= set(marks):
         raise BadRow(
             f"{row['source']}: field 'bbox': missing, and not every <mask> follows a mark "
@@ -461,7 +473,7 @@ def regions_by_image(row, boxes, images):
     try:
         for k in range(len(order)):
             image, index = order[str(k)]
-            if image not in range(images) or index < 0:  # -1 would be the last box
+            if not is_index(image, images) or not is_index(index, len(by_image[str(image)])):
                 raise IndexError
             regions.append((image, by_image[str(image)][index]))
     except (KeyError, IndexError, TypeError, ValueError):
@@ -477,8 +489,13 @@ def check_region(row, box, width, height):
     x1, y1, x2, y2 = box
     if not (-1 <= x1 < x2 <= width + 1 and -1 <= y1 < y2 <= height + 1):
         raise BadRow(
-            f"{row['source']}: field 'bbox': {box} is empty or outside the image "
+            f"{row['source']}: field 'bbox': {quote(box)} is empty or outside the image "
             f"({width}x{height}); needs x1,y1,x2,y2"
+        )
+    if max(box) <= 1 and min(width, height) > 2:
+        raise BadRow(
+            f"{row['source']}: field 'bbox': {quote(box)} are shares of the image, 0 to 1? "
+            f"Needs pixels of {width}x{height}"
         )
 
 
@@ -517,8 +534,10 @@ def reference_frame(row):
     count = len(images_of(row))
     marks = marks_of(row)
     main = row.get("main_frame_idx", 0)
-    if main not in range(count):
-        raise BadRow(f"{row['source']}: field 'main_frame_idx': {main} must be 0 to {count - 1}")
+    if not is_index(main, count):
+        raise BadRow(
+            f"{row['source']}: field 'main_frame_idx': {quote(main)} must be 0 to {count - 1}"
+        )
     if count == 1 or "first image" in question_of(row).lower():
         return 0
     if marks:
@@ -561,11 +580,11 @@ def centers_by_frame(row, mark, truth):
     centers = {}
     for frame, entry in frames.items():
         point = entry.get("center_cam") if isinstance(entry, dict) else None
-        if not finite(point, 3) or str(frame) not in map(str, range(count)):
+        if not are_numbers(point, 3) or str(frame) not in map(str, range(count)):
             raise BadRow(
                 f"{row['source']}: field '3d_pos.{mark}.center_cam': needs three finite "
                 f"numbers, metres, in the frame of an image, 0 to {count - 1}; "
-                f"not {point} in frame {frame}"
+                f"not {quote(point)} in frame {quote(frame)}"
             )
         centers[int(frame)] = tuple(map(float, point))
     return centers
@@ -658,8 +677,11 @@ def best_path(row):
 # the check of a whole row
 
 
-def check_row(row):
-    """BadRow if the row cannot be used. Reads its pictures and depth."""
+def check_instance(row):
+    """BadRow if the row can be used by no model. Reads its pictures and depth.
+
+    (data.check_row asks a model's tokenizer and image processor, too.)
+    """
     count = len(images_of(row))
     sizes = []  # (W, H)
     for i in range(count):
@@ -675,13 +697,15 @@ def check_row(row):
     for i, size in enumerate(sizes):
         open_depth(row, *size, i)
         intrinsics_of(row, *size, i)
+        check_turned_camera(row, *size, i)
     answer = answer_of(row)
     centers = centers_of(row)
     reference_frame(row)
     try:
         total_reward("", answer, path_of(row), centers, count, question_of(row))
     except ValueError as error:  # the ground truth is wrong
-        raise BadRow(f"{row['source']}: field {error}") from None
+        field = "answer" if str(error).startswith("answer") else "3d_pos"
+        raise BadRow(f"{row['source']}: field '{field}': {error}") from None
 
 
 def check_given_size(row, sizes):
@@ -690,6 +714,6 @@ def check_given_size(row, sizes):
         return
     width, height = sizes[0]
     raise BadRow(
-        f"{row['source']}: field 'image_hw': {row['image_hw']}, but the image is [H, W] = "
+        f"{row['source']}: field 'image_hw': {quote(row['image_hw'])}, but the image is [H, W] = "
         f"{[height, width]}: boxes in pixels would not fit"
     )

@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from formats.errors import BadRow
+from formats import pictures
+from formats.errors import BadRow, quote
+from formats.values import is_number, tidy
 
 # Share of its side by which a 2D box may leave the image, to be clipped to it; more is an error.
 STICK_OUT = 0.05
@@ -112,17 +113,17 @@ def read_line(line, where):
     """One line of JSON lines -> its object, a dict."""
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"{where}: not JSON ({error}): write one object {{...}} per line") from None
     if not isinstance(row, dict):
         raise BadRow(f"{where}: not a JSON object: write one object {{...}} per line")
-    return row
+    return tidy(row)
 
 
 def read_scene(row, where, folder):
     """One line of a scenes.jsonl -> Scene. where: its place, for messages; folder: of its files."""
     check(isinstance(row.get("id"), (str, int)), where, "id", "must be a name or a number")
-    image = np.asarray(read_picture(row, "image", folder, where).convert("RGB"))  # (H, W, 3)
+    image = read_picture(row, where, folder)  # (H, W, 3)
     height, width = image.shape[:2]
     depth = None
     if row.get("depth") is not None:
@@ -142,45 +143,50 @@ def read_scene(row, where, folder):
     return Scene(str(row["id"]), image, depth, intrinsics, objects, where)
 
 
-def read_picture(row, field, folder, where):
+def read_picture(row, where, folder):
+    """The picture of a row, (H, W, 3) uint8."""
+    file = file_of(row, "image", where, folder)
+    try:
+        return np.asarray(pictures.open_picture(file))
+    except pictures.BadPicture as error:
+        raise BadRow(f"{where}: field 'image': {error}") from None
+
+
+def read_depth(row, where, folder, width, height):
+    """The depth of a row, (H, W) float32 metres, NaN = no measurement; width, height: of the
+    image."""
+    file = file_of(row, "depth", where, folder)
+    scale = row.get("depth_scale")  # metres per unit
     check(
-        isinstance(row.get(field), str),
+        scale is None or pictures.is_scale(scale),
+        where,
+        "depth_scale",
+        f"is {quote(scale)}, must be above 0: 0.001 for millimetres",
+    )
+    try:
+        depth = pictures.open_depth(file, scale)
+    except pictures.BadPicture as error:
+        raise BadRow(f"{where}: field 'depth': {error}") from None
+    check(
+        depth.shape == (height, width),
+        where,
+        "depth",
+        f"{quote(row['depth'])} is {depth.shape[1]} x {depth.shape[0]}, "
+        f"the image {width} x {height}: resample it (nearest) to the image",
+    )
+    return depth
+
+
+def file_of(row, field, where, folder):
+    """The path of the file that a field names."""
+    name = row.get(field)
+    check(
+        isinstance(name, str) and name,
         where,
         field,
         "must be a file name relative to the folder of the jsonl",
     )
-    try:
-        with Image.open(folder / row[field]) as picture:
-            picture.load()
-            return picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # A SyntaxError is what PIL raises for a broken PNG.
-        raise BadRow(
-            f"{where}: field '{field}': cannot read {row[field]!r} ({error}): give a readable "
-            "image, relative to the folder of the jsonl"
-        ) from None
-
-
-def read_depth(row, where, folder, width, height):
-    """The depth of a row, (H, W) float32 metres, NaN = no measurement."""
-    picture = read_picture(row, "depth", folder, where)
-    scale = numbers({"depth_scale": 0.001, **row}, "depth_scale", (), where)  # metres per unit
-    check(scale > 0, where, "depth_scale", "must be above 0: 0.001 for millimetres")
-    check(
-        picture.mode[0] == "I",  # PIL's modes of whole numbers, 16 or 32 bits
-        where,
-        "depth",
-        f"{row['depth']} holds no metres: write a 16-bit grey PNG",
-    )
-    check(
-        picture.size == (width, height),
-        where,
-        "depth",
-        f"{row['depth']} is {picture.width} x {picture.height}, "
-        f"the image {width} x {height}: resample it (nearest) to the image",
-    )
-    units = np.asarray(picture).astype(np.float32)  # (H, W)
-    return np.where(units > 0, units * np.float32(scale), np.float32(np.nan))
+    return folder / name
 
 
 def read_intrinsics(row, where):
@@ -294,9 +300,9 @@ def numbers(row, field, shape, where, prefix=""):
     Numbers in quotes are an error, too. prefix: of the field's name, for messages.
     """
     value = np.array(row.get(field), object)  # object: keeps ragged lists and types as they came
-    finite = all(type(x) in (int, float) and abs(x) < 1e9 for x in value.flat)
+    finite = all(map(is_number, value.flat))
     wanted = " x ".join(map(str, shape)) + " finite numbers" if shape else "a finite number"
-    given = json.dumps(row[field])[:80] if field in row else "missing"
+    given = quote(json.dumps(row[field])) if field in row else "missing"
     check(
         value.shape == shape and finite,
         where,

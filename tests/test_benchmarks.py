@@ -1428,7 +1428,7 @@ def test_a_bad_row_is_named(bench, row, names, tmp_path, capsys):
 def test_bad_pictures_and_files_are_named(tmp_path):
     row = emb_row(image=base64.b64encode(picture()[:60]).decode())
     (tmp_path / "rows.json").write_text(json.dumps([row]))
-    with pytest.raises(BadRow, match="row 0: field 'image': unreadable"):
+    with pytest.raises(BadRow, match="row 0: field 'image': .*unreadable"):
         benchmarks.load(benchmarks.read("embspatial", [str(tmp_path / "rows.json")])[0])
     with pytest.raises(BadRow, match="no such file"):
         benchmarks.read("embspatial", [str(tmp_path / "nothing.json")])

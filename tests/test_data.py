@@ -565,7 +565,7 @@ def test_real_scenes_yield_the_same_questions():
             assert (
                 parts["format"] == 1 and parts["accuracy"] > 0.6 and parts["detection"] in (1, None)
             ), target
-            instances.check_row(row)
+            instances.check_instance(row)
             tasks[row["task"]] += 1
     assert (
         set(tasks) <= set(REGION) and len(tasks) >= 4
@@ -801,7 +801,7 @@ BAD = {  # what is wrong: (the fields that differ from GOOD, the field that the 
     "NaN box": ({"bbox": [[4, 4, math.nan, 20]]}, "bbox"),
     "box of three numbers": ({"bbox": [[4, 4, 20]]}, "bbox"),
     "box of words": ({"bbox": [["4", "4", "20", "20"]]}, "bbox"),
-    "no list of boxes": ({"bbox": None}, "bbox"),
+    "no list of boxes": ({"bbox": 7}, "bbox"),
     "two boxes, one <mask>": ({"bbox": [[4, 4, 20, 20]] * 2}, "bbox"),
     "a <mask> without box": ({"bbox": []}, "bbox"),
     "empty target": (
@@ -820,7 +820,7 @@ BAD = {  # what is wrong: (the fields that differ from GOOD, the field that the 
     "center of two numbers": ({"3d_pos": {"red_bbox": {"center_cam": [0.1, 2.0]}}}, "3d_pos"),
     "center of words": ({"3d_pos": {"red_bbox": {"center_cam": ["a", "b", "c"]}}}, "3d_pos"),
     "3d_pos is a list": ({"3d_pos": [1]}, "3d_pos"),
-    "no list of marks": ({"red_bbox": None}, "red_bbox"),
+    "no list of marks": ({"red_bbox": 7}, "red_bbox"),
     "mark without its list": ({"red_bbox": [60, 80, 310, 420]}, "red_bbox"),
     "mark of three numbers": ({"red_bbox": [[60, 80, 310]]}, "red_bbox"),
     "point of words": ({"blue_point": [["a", "b"]]}, "blue_point"),

@@ -415,9 +415,9 @@ BAD = {  # what is wrong with a row of three images: (the fields that differ, th
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_row_of_several_images_is_one_line_with_row_and_field(case):
     change, field = BAD[case]
-    instances.check_row(three_images())
+    instances.check_instance(three_images())
     with pytest.raises(BadRow) as error:
-        instances.check_row(three_images(**change))
+        instances.check_instance(three_images(**change))
     assert (
         "\n" not in str(error.value)
         and "file: row 7" in str(error.value)

@@ -197,7 +197,7 @@ def test_an_output_that_cannot_be_written_is_refused_first(
     (tmp_path / "data.json").write_text("[]")
     flag = line.split()[-1]
     # Nothing was done before: there is no model, and the data are none.
-    assert f"{flag} {path}" in refused(monkeypatch, capsys, f"{line} {path}")
+    assert f"{flag} {path[:40]}" in refused(monkeypatch, capsys, f"{line} {path}")
     assert os.listdir() == ["data.json"]
 
 
@@ -205,7 +205,7 @@ def test_an_output_that_cannot_be_written_is_refused_first(
 def test_a_folder_that_cannot_be_written_is_refused_first(path, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.json").touch()
-    assert f"--show {path}" in refused(monkeypatch, capsys, f"eval --model none --show {path}")
+    assert f"--show {path[:40]}" in refused(monkeypatch, capsys, f"eval --model none --show {path}")
     assert os.listdir() == ["data.json"]
 
 
@@ -325,7 +325,7 @@ def test_the_json_is_there_before_anything_is_printed(broken, answered, monkeypa
 
     monkeypatch.setattr(eval, broken, fail)
     with pytest.raises(TypeError, match="cannot be printed"):
-        eval.evaluate(settings, rows)
+        eval.evaluate(settings, [("rows", rows, 1.0)])
     assert len(eval.load_json(settings.json)["responses"]) == len(results)
 
 
@@ -343,7 +343,7 @@ def test_the_tables_are_printed_where_the_json_cannot_be_written(
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=r"a.json: cannot write there \(No space left"):
-        eval.evaluate(settings, rows)
+        eval.evaluate(settings, [("rows", rows, 1.0)])
     assert "all (task)" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["a.html"]
 
@@ -355,12 +355,29 @@ def test_a_broken_log_is_told_before_the_work(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"responses": [7]}', "\x00"])
-def test_a_broken_evaluation_of_the_cold_start_is_one_line(text, tmp_path):
+def test_a_broken_evaluation_of_the_cold_start_is_one_line(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "fingerprint", lambda model: "0")
     (tmp_path / "eval_cold_start.json").write_text(text)
     settings = grpo.Settings(out=str(tmp_path), resume=True)
     with pytest.raises(UserError, match=r"eval_cold_start.json: .*remove it") as error:
         grpo.evaluate_start(settings, None, None, None, [], None)
     assert len(str(error.value)) < 300
+
+
+def test_an_evaluation_of_another_cold_start_is_refused_by_name(odd, tmp_path, monkeypatch):
+    rows, results = odd
+    monkeypatch.setattr(grpo, "fingerprint", lambda model: model)
+    settings = grpo.Settings(out=str(tmp_path), resume=True)
+    file = tmp_path / "eval_cold_start.json"
+    origin = {"model": "one", "max_new_tokens": settings.max_new_tokens}
+    eval.write_json(file, results, origin=origin)
+    assert len(grpo.evaluate_start(settings, "one", None, None, rows, None)) == len(rows)
+    for model, tokens in (("two", settings.max_new_tokens), ("one", 7)):
+        other = grpo.Settings(out=str(tmp_path), resume=True, max_new_tokens=tokens)
+        with pytest.raises(UserError, match=r"eval_cold_start.json: of another --model"):
+            grpo.evaluate_start(other, model, None, None, rows, None)
+    eval.write_json(file, results)  # as earlier versions did
+    assert len(grpo.evaluate_start(settings, "two", None, None, rows, None)) == len(rows)
 
 
 def test_a_picture_of_half_a_character_and_of_many_lines(odd):

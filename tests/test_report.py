@@ -489,7 +489,8 @@ def test_any_loss_is_drawn_or_left_out(loss, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     report.write(tmp_path / "a.html", [("run", [], [])], runs=[str(tmp_path)])
     drawn = len(Page(tmp_path / "a.html").all("polyline"))
-    assert drawn == (2 if isinstance(loss, (int, float)) and loss < 1e9 else 0)
+    is_number = type(loss) in (int, float) and loss < 1e9
+    assert drawn == (2 if is_number else 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -694,13 +694,14 @@ def test_without_lr_a_large_model_learns_at_the_rates_of_the_paper(
 
     monkeypatch.setattr(distributed, "is_large", lambda model: large)
     monkeypatch.setattr(distributed, "shard", stop)
-    for module, settings, wanted in (
-        (sft, sft.Settings(), cold),
-        (grpo, grpo.Settings(prompts=4, lora=lora), rl),
+    rows = 2 * start_rows()
+    for module, settings, trained_on, wanted in (
+        (sft, sft.Settings(), [("rows", rows, 1.0)], cold),
+        (grpo, grpo.Settings(prompts=4, lora=lora), rows, rl),
     ):
         with pytest.raises(Sharding):
             module.train(
-                settings, make_model(tokenizer), tokenizer, make_processor(), 2 * start_rows(), CPU
+                settings, make_model(tokenizer), tokenizer, make_processor(), trained_on, CPU
             )
         assert settings.lr == wanted
 

@@ -243,8 +243,7 @@ def pair_rows(line, where, number, args):
 
     yield from motion_rows(poses[0, 1], row)
     for k in range(args.rounds):
-        pair_number = crc32(views[0].id.encode(errors="surrogatepass"))  # an id may be any text
-        rng = np.random.default_rng([pair_number, args.seed, k])
+        rng = np.random.default_rng([crc32(views[0].id.encode()), args.seed, k])
         yield from point_rows(rng, views, poses, row)
 
 

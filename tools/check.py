@@ -9,32 +9,34 @@ problems with file, row and field. Exit code 1 if there is any problem, else 0.
 What a run would refuse is a problem, and so is what a run could not see:
 - a centre that is not in metres, x right, y down, z forward. It does not project into its own 2D
   box, and the detection reward could never be earned.
+- a region that is not where the mark is that its <mask> follows, or marks that are all in the
+  corner: boxes of another convention. Region tokens would be of other pixels.
 - a depth map in other units.
 - a chain of thought (trace) that does not end in its own answer.
 """
 
 import math
 import os
+import re
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
-from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 import data
 from engine.settings import parse, run_main, setting
-from formats.errors import BadRow, UserError
+from formats.errors import BadRow, UserError, quote
 from formats.files import Rows
 from formats.instances import (
+    MARK_AND_PLACEHOLDER,
     answer_of,
     centers_of,
-    check_row,
-    finite,
     images_of,
     intrinsics_of,
     mark_box,
+    mark_name,
     marks_of,
     of_image,
     open_depth,
@@ -46,13 +48,16 @@ from formats.instances import (
     turns,
 )
 from formats.scenes import project
-from model import REGION_TOKEN
+from formats.values import are_numbers
+from model import load_processing
 from rewards import accuracy_reward, extract_answer, kind_of, read_number, total_reward
 from world import tiny
 
 SHOWN = 20  # problems that are printed
 FARTHEST = 200  # metres; a farther centre is taken for one in millimetres
 SLACK = 0.25  # of its size: a 2D box may be partly covered, and the centre beside what is seen
+OVERLAP = 0.3  # of a region and its mark, intersection over union; less is another place,
+SAME_BOX = 0.8  # and so much is the same box
 OTHER_UNITS = 3  # times as far or as near as 'depth' measures
 
 
@@ -98,11 +103,11 @@ def load_texts(model):
         _, tokenizer, processor = tiny.new_model("tiny", 0, data.PROMPTS.values())
         return tokenizer, processor
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        tokenizer.add_tokens([REGION_TOKEN], special_tokens=True)
-        return tokenizer, Qwen2VLImageProcessorPil.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {model}: {str(error).splitlines()[0]}") from None
+        _, tokenizer, processor = load_processing(model)
+        return tokenizer, processor
+    # A damaged folder can raise anything in the depths of transformers.
+    except Exception as error:  # noqa: BLE001
+        raise UserError(f"--model {model}: {quote(str(error), 150)}") from None
 
 
 # ----------------------------------------------------------------------------------------------
@@ -127,7 +132,7 @@ def check_file(path, tokenizer, processor, limit=0):
     for i in tqdm(picked, desc=name, mininterval=2, disable=len(picked) < 100):
         try:
             row = rows.read(i)
-            check_row(row)
+            data.check_row(row, tokenizer, processor)
             sample = data.encode(row, tokenizer, processor, train=True)
         except BadRow as error:
             problems.append(str(error))
@@ -137,6 +142,11 @@ def check_file(path, tokenizer, processor, limit=0):
         counts[str(row.get("task", name)), row_path] += 1
         measure(row, sample, sizes, values)
         problems += problems_of(row, sizes)
+    if values["largest mark, thousandths"] and max(values["largest mark, thousandths"]) <= 1:
+        problems.append(
+            f"{path}: field 'red_point' ..: no mark of the file is beyond 1: shares of the image? "
+            "Needs thousandths, 0 to 1000"
+        )
     return counts, values, problems
 
 
@@ -153,6 +163,8 @@ def measure(row, sample, sizes, values):
     """
     values["tokens"].append(len(sample["prompt"]) + len(sample["target"]))
     values["images"].append(len(sizes))
+    for _, shapes, _ in marks_of(row):
+        values["largest mark, thousandths"] += map(max, shapes)
     for image, (x1, y1, x2, y2) in regions_of(row, sizes):
         share = 100 * (x2 - x1) * (y2 - y1) / math.prod(sizes[image])
         values["region, % of its image"].append(share)
@@ -173,8 +185,85 @@ def measure(row, sample, sizes, values):
 
 def problems_of(row, sizes):
     """The problems of a usable row as lines "file: row: field: what is wrong"."""
-    found = [*center_problems(row, sizes), *trace_problems(row)]
+    found = [*region_problems(row, sizes), *center_problems(row, sizes), *trace_problems(row)]
     return [f"{row['source']}: field '{field}': {text}" for field, text in found]
+
+
+def region_problems(row, sizes):
+    """(field, what is wrong) of each region that is not where its own mark is.
+
+    sizes: (W, H) of each image.
+    """
+    marks = {}
+    for field, shapes, image in marks_of(row):
+        if shapes:
+            marks[mark_name(field)] = (shapes[0], image)
+    names = re.findall(MARK_AND_PLACEHOLDER, question_of(row))  # "" for a <mask> without a mark
+    for name, (image, box) in zip(names, regions_of(row, sizes)):
+        shape, image_of_mark = marks.get(name, (None, image))
+        if shape is None:
+            continue
+        if image != image_of_mark:
+            yield (
+                "mask_idx",
+                f"{name}: its <mask> is a box of image {image}, its mark in {image_of_mark}",
+            )
+            continue
+        problem = region_problem(box, shape, sizes[image])
+        if problem:
+            yield "bbox", f"{name}: {problem}; needs x1, y1, x2, y2 in pixels"
+
+
+def region_problem(box, shape, size):
+    """Why a region (pixels) is not where its mark is, or None.
+
+    shape: the mark, a box or a point in thousandths; size: (W, H).
+    """
+    marked = mark_box(shape, *size)  # in pixels
+    if len(shape) == 2:
+        x, y = (marked[0] + marked[2]) / 2, (marked[1] + marked[3]) / 2
+        if box[0] - 2 <= x <= box[2] + 2 and box[1] - 2 <= y <= box[3] + 2:
+            return None
+    rounding = 2 + max(size) / 500  # pixels; a thousandth may be more than a small box
+    if all(abs(side - other) <= rounding for side, other in zip(box, marked)):
+        return None
+    fit = overlap(box, marked)
+    for convention, turned in other_boxes(box, *size).items():
+        if fit < SAME_BOX <= overlap(turned, marked):
+            return f"the region {quote(box)} fits its mark as {convention}"
+    if fit < OVERLAP:
+        return f"the region {quote(box)} is not at its mark, pixels {rounded(marked)}"
+    return None
+
+
+def overlap(one, other):
+    """Intersection over union of two boxes."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    common = max(0, width) * max(0, height)
+    areas = [(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in (one, other)]
+    return common / max(sum(areas) - common, 1e-9)
+
+
+def other_boxes(box, width, height):
+    """A box that was given in another convention, in ours: {what was other: box in pixels}."""
+    a, b, c, d = box
+    return {
+        "x, y, width, height": (a, b, a + c, b + d),
+        "thousandths": (
+            a * width / 1000,
+            b * height / 1000,
+            c * width / 1000,
+            d * height / 1000,
+        ),
+        "shares of the image": (a * width, b * height, c * width, d * height),
+        "y before x": (b, a, d, c),
+        "centre, width, height": (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
+    }
+
+
+def rounded(box):
+    return [round(value) for value in box]
 
 
 def center_problems(row, sizes):
@@ -206,7 +295,7 @@ def center_problem(row, center, shape, image, size):
     """
     camera = intrinsics_of(row, *size, image)
     box = None
-    if finite(shape, 2) or finite(shape, 4):
+    if are_numbers(shape, 2) or are_numbers(shape, 4):
         box = mark_box(shape, *size)  # in pixels
     z = center[2]
     if abs(z) > FARTHEST:
@@ -236,7 +325,7 @@ def projection_problem(center, box, camera, size, given):
         text = "does not project into its 2D box"
     else:
         return None
-    where = "" if box is None else [round(value) for value in box]
+    where = "" if box is None else rounded(box)
     text = f"center_cam {center} {text} {where}"
     if box:
         for convention, turned in other_conventions(*center).items():

@@ -26,16 +26,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from engine.output import check_outputs, is_same_file, whole_file
-from engine.settings import one_line, parse, run_main, setting
-from formats.errors import BadRow, UserError
+from engine.settings import parse, run_main, setting
+from formats import pictures
+from formats.errors import BadRow, UserError, quote
 from formats.scenes import check, corners, numbers, project, read_intrinsics
+from formats.values import LARGEST, is_number, tidy
 
 HIDDEN = 1 / 3  # objects with less of them visible are left out: nobody can be asked about them
-MOST = 1e9  # of a number in a text file, as in formats/scenes.py
 NEAR = 0.1  # metres; a box that reaches nearer to the camera, or behind it, cannot be projected
 LEAST_PIXELS = 2  # width and height of a 2D box inside the picture
 
@@ -262,9 +262,9 @@ def omni3d_unseen(annotation, where):
     check(valid in (True, False), where, "valid3D", "must be true or false")
 
     def known(field):
-        value = annotation.get(field)
-        value = -1 if value is None else value
-        check(is_number(value), where, field, "must be a number, -1 where it is not known")
+        value = annotation.get(field, -1)
+        ok = isinstance(value, bool) or is_number(value)
+        check(ok, where, field, "must be a number, -1 where it is not known")
         return value
 
     rules = {
@@ -289,7 +289,7 @@ OMNI3D_IGNORED = ("dontcare", "ignore", "void")
 def omni3d_box(annotation, where):
     """The 2D box, the one that a person drew before the projected one; None without either."""
     for key in ("bbox2D_tight", "bbox2D_trunc"):
-        if annotation.get(key, -1) in (-1, None):
+        if annotation.get(key, -1) == -1:
             continue
         box = numbers(annotation, key, (4,), where)
         if max(box) > 0:  # four times -1: there is none
@@ -633,7 +633,7 @@ def name_and_numbers(line, counts, where):
     if count not in counts or count == len(words):
         raise BadRow(
             f"{where}: needs a name and {counts[0]} numbers, "
-            f"has {count} numbers at its end: {one_line(line)}"
+            f"has {count} numbers at its end: {quote(line)}"
         )
     return " ".join(words[:-count]), to_numbers(words[-count:], count, where)
 
@@ -642,8 +642,8 @@ def to_numbers(words, count, where):
     """Words -> so many finite numbers, a list; BadRow for anything else."""
     values = [number_of(word) for word in words]
     for k, value in enumerate(values):
-        if value is None or not abs(value) < MOST:
-            raise BadRow(f"{where}: number {k + 1} is {one_line(words[k])}, must be finite")
+        if not is_number(value):
+            raise BadRow(f"{where}: number {k + 1} is {quote(words[k])}, must be finite")
     if len(values) != count:
         raise BadRow(f"{where}: needs {count} numbers, has {len(values)}")
     return values
@@ -659,7 +659,7 @@ def number_of(word):
 
 def read_json(path, hint):
     try:
-        return json.loads(read_text(path, hint))
+        return tidy(json.loads(read_text(path, hint)))
     except BadRow:
         raise
     except (ValueError, RecursionError) as error:
@@ -677,11 +677,6 @@ def rows_of(rows, path, field=""):
         yield row, where
 
 
-def is_number(value):
-    """Is it a finite number, or true or false, which count as 1 and 0?"""
-    return isinstance(value, (int, float)) and abs(value) < MOST
-
-
 def is_identity(value):
     return type(value) in (int, str)
 
@@ -696,7 +691,7 @@ def check_size(row, where):
     """BadRow unless width and height are those of a picture."""
     for field in ("width", "height"):
         value = row.get(field)
-        ok = type(value) is int and 0 < value < MOST
+        ok = type(value) is int and 0 < value < LARGEST
         check(ok, where, field, "must be a whole number above 0, in pixels")
 
 
@@ -716,10 +711,9 @@ def check_rotation(row, field, where):
 def picture_size(path, hint=""):
     """-> (width, height) of a picture."""
     try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, Image.DecompressionBombError) as error:
-        raise BadRow(f"{path}: cannot read the picture ({error}){hint}") from None
+        return pictures.picture_size(path)
+    except pictures.BadPicture as error:
+        raise BadRow(f"{error}{hint}") from None
 
 
 def main():

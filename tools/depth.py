@@ -47,10 +47,10 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 
 from engine.output import is_same_file, try_folder, whole_file
-from engine.settings import one_line, parse, run_main, setting
-from formats.errors import BadRow
+from engine.settings import parse, run_main, setting
+from formats.errors import BadRow, quote
+from formats.pictures import open_picture, picture_size
 from formats.scenes import check, read_lines
-from tools.convert import picture_size
 
 
 @dataclass
@@ -81,7 +81,7 @@ def depth(args):
     add_lines([], args)  # from here on the folder holds maps
     with tqdm(total=len(todo), desc="depth", unit="") as bar:
         for batch in batches_of_one_size(todo, sizes, args.batch):
-            depths, focals = predict(model, processor, [read_rgb(path) for path in batch])
+            depths, focals = predict(model, processor, [open_picture(path) for path in batch])
             for path, z, focal in zip(batch, depths, focals):
                 save_depth(z, os.path.join(args.out, map_name(path)), metric)
                 add_lines([line_of(path, sizes[path], focal, metric, args)], args)
@@ -139,7 +139,7 @@ def load_depth_model(name):
         raise
     # A damaged file can raise anything in the depths of transformers.
     except Exception as error:  # noqa: BLE001
-        reason = one_line(str(error).strip().partition("\n")[0], 150)
+        reason = quote(str(error).strip().partition("\n")[0], 150)
         raise BadRow(
             f"--model {name}: cannot be loaded ({type(error).__name__}: {reason})"
         ) from None
@@ -242,7 +242,7 @@ def finished_maps(args):
             row.get("model") == args.model,
             where,
             "model",
-            f"is {one_line(str(row.get('model')))}: give --model {args.model} a folder of its own",
+            f"is {quote(row.get('model'))}: give --model {args.model} a folder of its own",
         )
         if os.path.isfile(os.path.join(args.out, name)):
             done[name] = row
@@ -250,14 +250,6 @@ def finished_maps(args):
     with whole_file(path, "--out") as file:
         file.writelines(json.dumps(row) + "\n" for row in done.values())
     return done
-
-
-def read_rgb(path):
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: a broken PNG
-        raise BadRow(f"{path}: cannot read the picture ({error})") from None
 
 
 def save_depth(z, path, metric):

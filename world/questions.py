@@ -148,7 +148,7 @@ def box_area(obj):
 
 def random_stream(scene, seed, number):
     """A random stream of this scene's own; number: what it is for, see STREAMS."""
-    scene_number = crc32(scene.id.encode(errors="surrogatepass"))  # an id may be any text
+    scene_number = crc32(scene.id.encode())
     return np.random.default_rng([scene_number, seed, number])
 
 

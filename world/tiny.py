@@ -19,6 +19,7 @@ from world.sources import cached_scene
 # image: side of the pictures, pixels; patch: side of a vision patch; merge: patches per side of an
 # image token; vision and text: (width, layers, MLP width, heads). And what goes with a size unless
 # a flag says otherwise: rows and learning rate of an SFT step, prompts of a GRPO step.
+CONTEXT = 4096  # tokens that a new model is made for
 SIZES = {
     "tiny": {
         "image": 96,
@@ -166,7 +167,7 @@ def new_config(plan, tokenizer):
             "num_key_value_heads": heads // 2,
             "head_dim": head_dim,
             "vocab_size": len(tokenizer),
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": CONTEXT,
             "tie_word_embeddings": True,
             "pad_token_id": tokenizer.pad_token_id,
             "rope_parameters": rotary,
@@ -185,6 +186,7 @@ def new_model(size, seed, prompts):
     """The embedded default, untrained -> model, tokenizer, processor; prompts: data.PROMPTS."""
     plan = size_plan(size)
     tokenizer = train_tokenizer(world_texts(), prompts)
+    tokenizer.model_max_length = CONTEXT
     config = new_config(plan, tokenizer)
     torch.manual_seed(seed)
     model = RegionVLM(config)
