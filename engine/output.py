@@ -158,19 +158,20 @@ def cannot_write(flag, path, reason):
 
 
 @contextmanager
-def whole_file(path, flag=""):
-    """A text file to write, in UTF-8, that appears under its name only when it is complete.
+def whole_file(path, flag="", binary=False):
+    """A file to write, text in UTF-8 or binary, that appears under its name only when complete.
 
     UserError where it can't be written, such as on a full disk; flag: for the message. Half of a
     character, which a model may write and UTF-8 has no bytes for, becomes "?".
     """
     target = os.path.realpath(path)
     partial = partial_of(target)
+    way = {"mode": "x", "encoding": "utf-8", "errors": "replace", "newline": "\n"}
+    if binary:
+        way = {"mode": "xb"}
     try:
         os.makedirs(os.path.dirname(target), exist_ok=True)
-        file = open(  # noqa: SIM115 (closed below)
-            partial, "x", encoding="utf-8", errors="replace", newline="\n"
-        )
+        file = open(partial, **way)  # noqa: SIM115 (closed below)
     except OSError as error:
         raise cannot_write(flag, path, error.strerror) from None
     try:

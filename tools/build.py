@@ -29,7 +29,7 @@ from zlib import crc32
 import numpy as np
 from tqdm import tqdm
 
-from engine.output import check_outputs, whole_file
+from engine.output import check_outputs, is_same_file, whole_file
 from engine.settings import parse, run_main, setting
 from formats.errors import BadRow
 from formats.instances import POINT_REGION, centers_of, images_of, path_of
@@ -400,7 +400,7 @@ def spots(rng, views, poses):
         height, width = depth.shape
         x = int(rng.uniform(RIM, 1 - RIM) * width)
         y = int(rng.uniform(RIM, 1 - RIM) * height)
-        if not is_flat(depth[y - 2 : y + 3, x - 2 : x + 3]):
+        if not is_flat(depth[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3]):
             continue
         here = unproject(depth[y : y + 1, x : x + 1], views[i].intrinsics, x, y)[0, 0]  # (3,)
         to_other = poses[1 - i, i]
@@ -565,23 +565,29 @@ def true_centers(marked):
 def link(name, folder, copy, args):
     """A picture as the instances name it, relative to the folder of --out.
 
-    With --pictures it is a copy there, named `copy` with the ending of `name`. BadRow where that
-    would replace another file.
+    With --pictures it is a copy there, named `copy` with the ending of `name`. BadRow where that,
+    or --out, would replace another file.
     """
-    path = os.path.join(folder, name)
+    original = os.path.join(folder, name)
+    path = original
     if args.pictures:
-        original = path
         path = os.path.join(args.pictures, copy + os.path.splitext(name)[1])
         try:
-            os.makedirs(args.pictures, exist_ok=True)
-            if not os.path.exists(path):
-                shutil.copyfile(original, path)
-            elif not filecmp.cmp(original, path, shallow=False):
-                raise BadRow(f"--pictures {path}: is another picture already; name an empty folder")
+            copy_picture(original, path)
         except OSError as error:
-            reason = error.strerror or error
-            raise BadRow(f"--pictures {args.pictures}: cannot write there ({reason})") from None
+            raise BadRow(f"{original}: cannot be copied ({error.strerror})") from None
+    if is_same_file(original, args.out) or is_same_file(path, args.out):
+        raise BadRow(f"--out {args.out}: is one of the pictures; name another file")
     return os.path.relpath(path, os.path.dirname(os.path.abspath(args.out)))
+
+
+def copy_picture(original, path):
+    """Copy a picture to a path that holds no other; a picture is there whole or not at all."""
+    if not os.path.exists(path):
+        with open(original, "rb") as picture, whole_file(path, "--pictures", binary=True) as file:
+            shutil.copyfileobj(picture, file)
+    elif not filecmp.cmp(original, path, shallow=False):
+        raise BadRow(f"--pictures {path}: is another picture already; name an empty folder")
 
 
 def main():

@@ -24,10 +24,11 @@ What is written for a picture NAME.jpg:
 
 To annotated pictures of other data sets `python -m tools.convert --depth OUT` adds the maps. A run
 that was stopped goes on: pictures with a map and a line in depth.jsonl are skipped. One folder
-holds the maps of one model.
+holds the maps of one model, and no other pictures.
 """
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +46,11 @@ from transformers import (
 )
 from transformers.image_processing_base import ImageProcessingMixin
 
-from engine.output import whole_file
+from engine.output import is_same_file, try_folder, whole_file
 from engine.settings import parse, run_main, setting
-from formats.errors import BadRow
+from formats.errors import BadRow, quote
 from formats.pictures import open_picture, picture_size
-from formats.scenes import read_lines
+from formats.scenes import check, read_lines
 
 
 @dataclass
@@ -62,11 +63,8 @@ class Settings:
 
 def depth(args):
     """Write the maps of all pictures that have none yet, and their lines of depth.jsonl."""
+    try_folder("--out", args.out, os.path.realpath(args.out))
     check_names(args)
-    try:
-        os.makedirs(args.out, exist_ok=True)
-    except OSError as error:
-        raise BadRow(f"--out {args.out}: cannot write there ({error.strerror})") from None
     done = finished_maps(args)
     paths = list(dict.fromkeys(args.images))  # each once
     todo = [path for path in paths if map_name(path) not in done]
@@ -80,12 +78,13 @@ def depth(args):
     if metric:
         kind = "metric, written in millimetres"
     print(f"{args.model}: {kind}")
+    add_lines([], args)  # from here on the folder holds maps
     with tqdm(total=len(todo), desc="depth", unit="") as bar:
         for batch in batches_of_one_size(todo, sizes, args.batch):
             depths, focals = predict(model, processor, [open_picture(path) for path in batch])
             for path, z, focal in zip(batch, depths, focals):
                 save_depth(z, os.path.join(args.out, map_name(path)), metric)
-                add_line(path, sizes[path], focal, metric, args)
+                add_lines([line_of(path, sizes[path], focal, metric, args)], args)
             bar.update(len(batch))
     if metric and model.config.model_type != "depth_pro":
         print(
@@ -124,19 +123,26 @@ def is_metric(config):
 def load_depth_model(name):
     """-> the model in evaluation mode, on the GPU if there is one, and its image processor.
 
-    Of DepthPro the settings of its image processor. All work without torchvision.
+    Of DepthPro the settings of its image processor. All work without torchvision. No code of a
+    folder is ever run, and no pickle is read.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         is_metric(config)  # refuses models that are not supported
         if config.model_type == "depth_pro" and not config.use_fov_model:
             raise BadRow(f"--model {name}: a DepthPro without field of view gives no metres")
         processor = load_processor(name, config.model_type)
-        model = AutoModelForDepthEstimation.from_pretrained(name)
+        model = AutoModelForDepthEstimation.from_pretrained(
+            name, config=config, use_safetensors=True, trust_remote_code=False
+        )
     except BadRow:
         raise
-    except (OSError, ValueError) as error:
-        raise BadRow(f"--model {name}: {str(error).splitlines()[0]}") from None
+    # A damaged file can raise anything in the depths of transformers.
+    except Exception as error:  # noqa: BLE001
+        reason = quote(str(error).strip().partition("\n")[0], 150)
+        raise BadRow(
+            f"--model {name}: cannot be loaded ({type(error).__name__}: {reason})"
+        ) from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.eval().to(device), processor
 
@@ -172,7 +178,11 @@ def predict(model, processor, images):
         focal = width / 2 / torch.tan(torch.deg2rad(angle) / 2)  # (B,)
         depths = depths * (width / focal)[:, None, None]
         focals = focal.tolist()
+        if not all(0 < focal < math.inf for focal in focals):
+            raise BadRow(f"--model {model.name_or_path}: gives no field of view, {angle.tolist()}")
     depths = interpolate(depths[:, None], size=(height, width), mode="bilinear")[:, 0]  # (B, H, W)
+    if not depths.isfinite().all():
+        raise BadRow(f"--model {model.name_or_path}: gives depth that is not finite")
     if is_depth_pro:
         depths = 1 / depths.clamp(1e-4, 1e4)
     return depths.cpu().numpy(), focals
@@ -204,17 +214,17 @@ def map_name(path):
 
 
 def check_names(args):
-    """BadRow where the maps would overwrite each other, or the pictures."""
-    paths = set(args.images)
-    if len({map_name(path) for path in paths}) < len(paths):
-        raise BadRow(
-            "depth: two of the pictures have one name: their maps would overwrite each other"
-        )
-    for path in paths:
-        if os.path.abspath(path) == os.path.abspath(os.path.join(args.out, map_name(path))):
-            raise BadRow(
-                f"--out {args.out}: holds the pictures themselves, their maps would overwrite them"
-            )
+    """BadRow where the maps would overwrite each other, or another picture."""
+    taken = {}  # {name of a map: its picture}
+    is_new = not os.path.isfile(os.path.join(args.out, "depth.jsonl"))
+    for path in dict.fromkeys(args.images):
+        name = map_name(path)
+        target = os.path.join(args.out, name)
+        if name in taken:
+            raise BadRow(f"{path}: {taken[name]} has the same name: their maps would be one file")
+        if is_same_file(path, target) or (is_new and os.path.lexists(target)):
+            raise BadRow(f"--out {args.out}: holds a picture {name} already; name another folder")
+        taken[name] = path
 
 
 def finished_maps(args):
@@ -224,13 +234,18 @@ def finished_maps(args):
     if not os.path.isfile(path):
         return done
     for row, where in read_lines(path):
-        if row.get("model") != args.model:
-            raise BadRow(
-                f"{where}: made by {row.get('model')}: "
-                f"give --model {args.model} a folder of its own"
-            )
-        if os.path.isfile(os.path.join(args.out, row["depth"])):
-            done[row["depth"]] = row
+        name = row.get("depth")
+        check(
+            isinstance(name, str) and name, where, "depth", "must be a map's name; delete the line"
+        )
+        check(
+            row.get("model") == args.model,
+            where,
+            "model",
+            f"is {quote(row.get('model'))}: give --model {args.model} a folder of its own",
+        )
+        if os.path.isfile(os.path.join(args.out, name)):
+            done[name] = row
     # A map that was deleted is made again and gets a new line: the old one has to go.
     with whole_file(path, "--out") as file:
         file.writelines(json.dumps(row) + "\n" for row in done.values())
@@ -246,12 +261,12 @@ def save_depth(z, path, metric):
     else:
         spread = max(np.ptp(z), 1e-9)
         pixels = np.round(255 * (z - z.min()) / spread).astype(np.uint8)
-    Image.fromarray(pixels).save(f"{path}.partial", format="PNG")
-    os.replace(f"{path}.partial", path)
+    with whole_file(path, "--out", binary=True) as file:
+        Image.fromarray(pixels).save(file, format="PNG")
 
 
-def add_line(path, size, focal, metric, args):
-    """Add a picture, whose map is written, to depth.jsonl."""
+def line_of(path, size, focal, metric, args):
+    """The line of depth.jsonl for a picture, whose map is written."""
     width, height = size
     row = {
         "id": Path(path).stem,
@@ -268,8 +283,17 @@ def add_line(path, size, focal, metric, args):
         row["relative"] = True
     if focal:
         row["intrinsics"] = [focal, focal, width / 2, height / 2]
-    with open(os.path.join(args.out, "depth.jsonl"), "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    return row
+
+
+def add_lines(rows, args):
+    """Add lines to depth.jsonl, which may be new."""
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        with open(os.path.join(args.out, "depth.jsonl"), "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise BadRow(f"--out {args.out}: cannot write there ({error.strerror})") from None
 
 
 def main():
