@@ -18,7 +18,7 @@ from formats.instances import open_image, question_of
 from model import IMAGE_END, IMAGE_PAD, IMAGE_START
 from tools import bench
 
-# data.CHAT as a chat template: TRL writes the prompts by it, and gets the same tokens.
+# The chat of data.token_ids as a chat template: TRL writes the prompts by it, and gets the same tokens.
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% for c in m.content %}"
