@@ -3,6 +3,9 @@
 The paths are LOR (language-only reasoning) and DTR (detect-then-reason: 3D coordinates first).
 
     python eval.py --model out/grpo                        # held-out scenes of the embedded world
+    python eval.py --ask photo.jpg "How far is the red bbox from the blue bbox in meters?" \\
+        --box 120,80,300,260 --box 400,90,520,200          # one picture of your own; boxes in pixels
+    python eval.py --ask 7 --show out/ask                  # one of the embedded world, by a seed
     torchrun --nproc_per_node 8 eval.py --model out/grpo --scenes scenes.jsonl --json out.json
     python eval.py --compare out/grpo/eval_cold_start.json out/grpo/eval.json --report out/r.html
 
@@ -36,8 +39,10 @@ from engine.settings import parse, run_main, setting
 from engine.shared_prefix import rollout
 from formats.errors import UserError
 from formats.instances import (
+    MARK_COLORS,
     answer_of,
     best_path,
+    check_region,
     draw_marks,
     on_paths,
     open_image,
@@ -45,10 +50,10 @@ from formats.instances import (
     question_of,
     reference_frame,
 )
-from formats.values import is_number
+from formats.values import are_numbers, is_number
 from model import decode, token_rules
-from world.questions import GENERAL_FAMILIES, REGION_FAMILIES
-from world.sources import MOST_QUESTIONS, held_out
+from world.questions import GENERAL_FAMILIES, REGION_FAMILIES, ask_questions
+from world.sources import HELD_OUT, MOST_QUESTIONS, cached_scene, held_out
 from world.tiny import image_side
 from world.transfer import VARIANTS
 
@@ -70,6 +75,25 @@ class Settings:
     )
     data: list = setting([], "instance files to answer instead of the embedded world")
     scenes: str = setting("", "scenes.jsonl: ask every question that these pictures allow")
+    ask: list = setting(
+        [],
+        "PICTURE QUESTION: ask about one picture; or SEED [WORDS]: about one of the embedded world, "
+        "a question with these words",
+        not_with=("data", "scenes", "compare"),
+    )
+    box: list = setting(
+        [],
+        "of --ask: x1,y1,x2,y2 in pixels, once per box; the first is red, then blue, green, yellow",
+        only_with=("ask",),
+    )
+    depth: str = setting(
+        "", "of --ask: depth of the picture, a 16-bit PNG in millimetres", only_with=("ask",)
+    )
+    intrinsics: str = setting(
+        "",
+        "of --ask: fx,fy,cx,cy in pixels; without it a field of view of 60 degrees",
+        only_with=("ask",),
+    )
     skip_bad_rows: bool = setting(
         False, "count and list bad rows instead of stopping at the first", only_with=("data",)
     )
@@ -78,14 +102,14 @@ class Settings:
         "embedded world: held-out questions; each is asked on both paths",
         at_least=1,
         at_most=MOST_QUESTIONS,
-        not_with=("data", "scenes", "compare"),
+        not_with=("data", "scenes", "ask", "compare"),
     )
     world: str = setting(
         "",
         "another embedded world than the trained one: view, tilt, crowd, shades, wording "
         "(world/transfer.py)",
         ("", *VARIANTS),
-        not_with=("data", "scenes", "compare"),
+        not_with=("data", "scenes", "ask", "compare"),
     )
     path: str = setting(
         "both",
@@ -561,6 +585,108 @@ def picture_of(row, result):
 
 
 # ----------------------------------------------------------------------------------------------
+# one question (--ask)
+
+UNKNOWN = "unknown"  # in place of the answer to a question of the user
+
+
+def asked_rows(settings, side):
+    """The row of --ask, on both paths; side: of a picture of the embedded world, pixels."""
+    picture = settings.ask[0]
+    if picture.isdecimal() and not os.path.exists(picture):
+        return rows_of_seed(settings, side)
+    _, question = settings.ask
+    row = {
+        "source": f"--ask {picture}",
+        "folder": "",
+        "image": picture,
+        "conversations": [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": UNKNOWN},
+        ],
+        "3d_pos": {},
+    }
+    if settings.depth:
+        row["depth"] = settings.depth
+    if settings.intrinsics:
+        row["intrinsics"] = numbers_of("--intrinsics", settings.intrinsics)
+    width, height = open_image(row).size
+    for color, words in zip(MARK_COLORS, settings.box):
+        box = numbers_of("--box", words)
+        check_region(row, box, width, height)
+        sides = (width, height, width, height)
+        row[f"{color}_bbox"] = [[1000 * value / side for value, side in zip(box, sides)]]
+    return [row]
+
+
+def rows_of_seed(settings, side):
+    """A question of the embedded world about a picture that no training uses, on both paths."""
+    seed = HELD_OUT + int(settings.ask[0])
+    words = settings.ask[1] if len(settings.ask) > 1 else ""
+    asked = ask_questions(cached_scene(seed, side), seed)
+    fitting = [row for row in asked if words.lower() in question_of(row).lower()]
+    if not fitting:
+        known = {question_of(row) for row in asked if path_of(row) == "lor"}
+        raise UserError(
+            f"--ask {settings.ask[0]} {words}: no question of that picture has these words; "
+            f"there are {len(known)}, such as: {min(known)}"
+        )
+    return [row for row in asked if row["task"] == fitting[0]["task"]]
+
+
+def numbers_of(flag, text):
+    """Four numbers that a flag holds."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not are_numbers(values, 4):
+        raise UserError(f"{flag} {text}: needs four numbers with commas, such as 120,80,300,260")
+    return values
+
+
+def check_ask(settings):
+    """UserError for --ask without a question, and for a question and boxes that do not fit."""
+    picture, *words = settings.ask
+    if picture.isdecimal() and not os.path.exists(picture):
+        for flag in ("box", "depth", "intrinsics"):
+            if getattr(settings, flag):
+                raise UserError(f"--{flag}: has no effect on a picture of the embedded world")
+    elif len(words) != 1:
+        raise UserError(
+            f"--ask {picture}: needs a picture and a question in quotes, or the seed of a picture "
+            "of the embedded world"
+        )
+    colors = list(MARK_COLORS)
+    if len(settings.box) > len(colors):
+        raise UserError(f"--box: {len(settings.box)} boxes, at most {len(colors)} have a color")
+    for number, color in enumerate(colors):
+        named = any(re.search(rf"\b{color} bbox\b", text) for text in words)
+        if named and not picture.isdecimal() and number >= len(settings.box):
+            raise UserError(
+                f"--ask: the question names the {color} bbox, which is the box of --box number "
+                f"{number + 1}; {len(settings.box)} given"
+            )
+
+
+def show_answers(results):
+    """Question, truth where it is known, responses and their reward parts, as text."""
+    truth = results[0]["answer"]
+    known = "" if truth == UNKNOWN else f"   (truth: {truth})"
+    distributed.say(f"\nquestion   {results[0]['question']}{known}")
+    for result in results:
+        lines = result["response"].splitlines() or ["(nothing)"]
+        parts = [f"format {result['format']:g}"]
+        if known:
+            parts = [f"accuracy {result['accuracy']:.2f}", *parts]
+            if result["detection"] is not None:
+                parts.append(f"detection {result['detection']:.2f}")
+            parts.append(f"reward {result['reward']:.2f}")
+        name = result["path"].upper()
+        distributed.say(f"\n{name:<11}" + f"\n{'':<11}".join([*lines, ", ".join(parts)]))
+
+
+# ----------------------------------------------------------------------------------------------
 # the program
 
 
@@ -592,10 +718,15 @@ def evaluate(settings, sources):
     model, tokenizer, processor = load_model(settings.model)
     distributed.use_attention(model, settings.attention)
     data.check_with(sources, tokenizer, processor)
-    rows = rows_of(sources) or held_out(
-        settings.questions, image_side(processor), world=settings.world
-    )
+    side = image_side(processor)
+    if settings.ask:
+        rows = asked_rows(settings, side)
+    else:
+        rows = rows_of(sources) or held_out(settings.questions, side, world=settings.world)
     rows = on_paths(rows, settings.path)
+    if settings.ask:
+        for row in rows:
+            data.check_row(row, tokenizer, processor)
     if not rows:
         raise UserError("nothing to answer: no question asked for")
     model = distributed.shard(distributed.freeze(model, device), device)
@@ -612,10 +743,13 @@ def rows_of(sources):
 
 
 def tell(settings, rows, results):
-    """Tables, page and pictures of an evaluation."""
+    """Tables, page and pictures of an evaluation; of --ask the responses."""
     table = make_table(results)
-    show_table((settings.model, table))
-    show_paths(settings.model, results)
+    if settings.ask:
+        show_answers(results)
+    else:
+        show_table((settings.model, table))
+        show_paths(settings.model, results)
     if settings.report:
         named = [(settings.model, table, results)]
         report.write(settings.report, named, rows, settings.runs or [settings.model])
@@ -626,7 +760,7 @@ def tell(settings, rows, results):
 def check_files(settings):
     """UserError where an output can't be written, or would replace what is read; before any work."""
     inputs = [*(spec.partition("*")[0] for spec in settings.data), settings.scenes]
-    inputs += settings.compare
+    inputs += [*settings.compare, *settings.ask[:1], settings.depth]
     for folder in (settings.model, *settings.runs):
         for pattern in MODEL_FILES:
             inputs += glob.glob(os.path.join(glob.escape(folder), pattern))
@@ -642,6 +776,8 @@ def check_flags(settings, asked):
     for name in ("data", "scenes"):
         if name in asked and settings.compare and not settings.report:
             raise UserError(f"--{name}: has no effect with --compare, but for --report")
+    if settings.ask:
+        check_ask(settings)
 
 
 def main():

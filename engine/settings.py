@@ -94,7 +94,8 @@ def setting(
 def parse(settings, description, argv=None, moved=None, check=None):
     """Command line -> settings object.
 
-    A list takes several values, a bool is a switch, all else is `--name value`. UserError for what
+    A list takes several values, also in several turns, a bool is a switch, all else is
+    `--name value`. UserError for what
     a setting can't be (see `setting`), for one without effect, and for a flag that has moved
     (moved: flag -> new command). check(settings, asked): what else does not go together; asked: the
     names of the settings that the command line sets to something.
@@ -155,7 +156,7 @@ def kind_of_flag(default):
     if isinstance(default, bool):
         return {"action": argparse.BooleanOptionalAction}
     if isinstance(default, list):
-        return {"nargs": "+", "metavar": "X"}
+        return {"nargs": "+", "action": "extend", "metavar": "X"}
     return {"metavar": "X"}
 
 

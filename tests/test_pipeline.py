@@ -15,15 +15,27 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from common import ROOT
+from PIL import Image
 
 import eval
 import grpo
 import rewards
 import sft
 from engine import distributed
-from engine.settings import run_main
+from engine.settings import parse, run_main
+from formats.errors import UserError
+from formats.instances import (
+    draw_marks,
+    on_paths,
+    open_depth,
+    open_image,
+    path_of,
+    question_of,
+    regions_of,
+)
 
 PROGRAMS = {"sft": sft, "grpo": grpo, "eval": eval}
 REGION = {"depth", "move", "distance", "nearer", "axis", "closer"}
@@ -250,3 +262,94 @@ def test_unknown_flags_are_an_error(monkeypatch, capsys):
         code, lines = command_line(monkeypatch, capsys, program, ["--no_such_flag", "1"])
         assert code == 2 and "--no_such_flag" in lines[-1]
     assert python("sft.py", "--steps", 0).returncode == 2  # as a process, once
+
+
+# ----------------------------------------------------------------------------------------------
+# one question
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.new("RGB", (200, 100), (90, 120, 90)).save(tmp_path / "photo.png")
+    Image.fromarray(np.full((100, 200), 2500, np.uint16)).save(tmp_path / "depth.png")
+    return tmp_path
+
+
+def asked(*words):
+    """Settings of a command line of eval.py, and the rows that it asks on both paths."""
+    settings = parse(eval.Settings, "", list(map(str, words)), check=eval.check_flags)
+    return settings, on_paths(eval.asked_rows(settings, 96), settings.path)
+
+
+def test_a_picture_of_ones_own_is_asked_about_on_both_paths(photo):
+    question = "How far is the blue bbox from the red bbox?"
+    camera = [100.0, 100.0, 100.0, 50.0]
+    _, rows = asked(
+        *("--ask", photo / "photo.png", question, "--box", "20,10,60,50", "--box", "100,20,180,90"),
+        *("--depth", photo / "depth.png", "--intrinsics", "100,100,100,50"),
+    )
+    assert [path_of(row) for row in rows] == ["lor", "dtr"]
+    for row in rows:
+        assert row["red_bbox"] == [pytest.approx([100, 100, 300, 500])]  # thousandths
+        assert row["blue_bbox"] == [pytest.approx([500, 200, 900, 900])]
+        assert (open_depth(row, 200, 100) == 2.5).all() and row["intrinsics"] == camera
+        marked = draw_marks(open_image(row), row)
+        assert marked.getpixel((20, 10)) == (255, 0, 0) and marked.getpixel((179, 89)) == (
+            0,
+            0,
+            255,
+        )
+    assert regions_of(rows[0], [(200, 100)]) == []
+    # The regions stand in the order of the question, blue first.
+    boxes = [pytest.approx(box) for box in ([100, 20, 180, 90], [20, 10, 60, 50])]
+    assert [box for _, box in regions_of(rows[1], [(200, 100)])] == boxes
+
+
+def test_a_picture_of_the_embedded_world_is_asked_about_by_its_seed():
+    _, rows = asked("--ask", "7")
+    assert [path_of(row) for row in rows] == ["lor", "dtr"]
+    assert question_of(rows[0]) == question_of(rows[1]).replace(" <mask>", "")
+    assert rows[0]["answer"] == rows[1]["answer"] != eval.UNKNOWN
+    _, other = asked("--ask", "7", "how many")
+    assert "How many" in question_of(other[0])
+
+
+@pytest.mark.parametrize(
+    "words, error",
+    [
+        (["--ask", "photo.png"], "needs a picture and a question"),
+        (["--ask", "photo.png", "How", "far?"], "needs a picture and a question"),
+        (["--ask", "7", "zebra"], "has these words"),
+        (["--ask", "7", "--box", "1,2,3,4"], "no effect on a picture of the embedded world"),
+        (["--ask", "photo.png", "How far is the blue bbox?", "--box", "1,2,9,9"], "blue bbox"),
+        (["--ask", "photo.png", "What?", "--box", "1,2,9"], "four numbers"),
+        (["--ask", "photo.png", "What?", "--box", "1,2,9,nan"], "four numbers"),
+        (["--ask", "photo.png", "What?", "--box", "150,2,250,9"], "outside the image"),
+        (["--ask", "photo.png", "What?", *(["--box", "1,2,9,9"] * 5)], "at most 4"),
+        (["--ask", "photo.png", "What?", "--intrinsics", "x"], "--intrinsics x"),
+        (["--ask", "gone.png", "What?"], "no such file"),
+        (["--box", "1,2,3,4"], "no effect without --ask"),
+        (["--ask", "7", "--questions", "5"], "no effect with --ask"),
+    ],
+)
+def test_mistakes_of_a_question_are_one_line(words, error, photo, monkeypatch):
+    monkeypatch.chdir(photo)
+    with pytest.raises(UserError, match=error):
+        asked(*words)
+
+
+def test_the_answers_are_told(trained, photo):
+    show = photo / "show"
+    done = python("eval.py", "--model", trained / "grpo", "--ask", "7", "--show", show)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("question   How far") and "(truth: " in line for line in lines) == 1
+    for path in ("LOR", "DTR"):
+        assert sum(line.startswith(f"{path}        ") for line in lines) == 1
+    assert sum("accuracy" in line and "reward" in line for line in lines) == 2
+    assert len(list(show.glob("*.png"))) == 2
+    own = ["--ask", photo / "photo.png", "What is the red bbox?", "--box", "20,10,60,50"]
+    done = python("eval.py", "--model", trained / "grpo", *own)
+    assert done.returncode == 0, done.stderr
+    assert "truth" not in done.stdout and "accuracy" not in done.stdout
+    assert done.stdout.count("format ") == 2
