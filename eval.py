@@ -590,11 +590,11 @@ def picture_of(row, result):
 UNKNOWN = "unknown"  # in place of the answer to a question of the user
 
 
-def asked_rows(settings, side):
-    """The row of --ask, on both paths; side: of a picture of the embedded world, pixels."""
+def asked_rows(settings, processor):
+    """The row of --ask: of the user's picture, or of the embedded world on both paths."""
     picture = settings.ask[0]
     if picture.isdecimal() and not os.path.exists(picture):
-        return rows_of_seed(settings, side)
+        return rows_of_seed(settings, image_side(processor))
     _, question = settings.ask
     row = {
         "source": f"--ask {picture}",
@@ -718,11 +718,10 @@ def evaluate(settings, sources):
     model, tokenizer, processor = load_model(settings.model)
     distributed.use_attention(model, settings.attention)
     data.check_with(sources, tokenizer, processor)
-    side = image_side(processor)
     if settings.ask:
-        rows = asked_rows(settings, side)
+        rows = asked_rows(settings, processor)
     else:
-        rows = rows_of(sources) or held_out(settings.questions, side, world=settings.world)
+        rows = rows_of(sources) or held_out_rows(settings, processor)
     rows = on_paths(rows, settings.path)
     if settings.ask:
         for row in rows:
@@ -736,6 +735,11 @@ def evaluate(settings, sources):
             write_json(settings.json, results)
     finally:  # told also where it can't be written
         tell(settings, rows, results)
+
+
+def held_out_rows(settings, processor):
+    side = image_side(processor)
+    return held_out(settings.questions, side, world=settings.world)
 
 
 def rows_of(sources):

@@ -36,6 +36,7 @@ from formats.instances import (
     question_of,
     regions_of,
 )
+from world.tiny import tiny_image_processor
 
 PROGRAMS = {"sft": sft, "grpo": grpo, "eval": eval}
 REGION = {"depth", "move", "distance", "nearer", "axis", "closer"}
@@ -278,7 +279,8 @@ def photo(tmp_path):
 def asked(*words):
     """Settings of a command line of eval.py, and the rows that it asks on both paths."""
     settings = parse(eval.Settings, "", list(map(str, words)), check=eval.check_flags)
-    return settings, on_paths(eval.asked_rows(settings, 96), settings.path)
+    rows = eval.asked_rows(settings, tiny_image_processor(96, 8, 2))
+    return settings, on_paths(rows, settings.path)
 
 
 def test_a_picture_of_ones_own_is_asked_about_on_both_paths(photo):
