@@ -130,6 +130,13 @@ class Settings:
         not_with=("filter=none",),
     )
     # the update
+    normalize: str = setting(
+        "sum",
+        "advantages; sum: of the weighted reward; each: every reward part is normalised in its "
+        "group, then weighted (GDPO)",
+        ("sum", "each"),
+        not_with=("detection=boxes", "detection=none"),
+    )
     lr: float = setting(
         0.0,
         "constant; 0: 4e-5; above 0.3 B parameters 1e-6, the paper's; with --lora 1e-5",
@@ -209,6 +216,16 @@ def group_advantages(rewards):
     advantages = centered / (rewards.std(1, keepdim=True) + 1e-6)
     tie = (rewards == rewards[:, :1]).all(1, keepdim=True)  # (B, 1)
     return torch.where(tie, 0.0, advantages)  # exactly: the mean of ties can be off by a rounding
+
+
+def decoupled_advantages(parts, weights):
+    """Advantages with every reward part on its own scale: parts (B, G, K), weights (K,) -> (B, G).
+
+    A part that varies little in a group then counts by its weight, not by how much it varies. To
+    be divided by the deviation over the whole batch (`deviation`). GDPO, arXiv 2601.05242.
+    """
+    advantages = [group_advantages(part) for part in parts.unbind(-1)]
+    return sum(weight * part for weight, part in zip(weights, advantages))
 
 
 def grpo_loss(
@@ -332,6 +349,11 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
     data.score, which the log always shows. Default: parts["reward"], their weighted sum.
     """
     reward_function = reward_function or whole_reward
+    if settings.normalize == "each" and reward_function is not whole_reward:
+        raise UserError(
+            "--normalize each: normalises the parts of rewards.py, which a reward function of "
+            "your own does not go through; use --normalize sum"
+        )
     sources = getattr(rows, "sources", [])
     data.check_with(sources, tokenizer, processor)
     origin = origin_of(model, sources)
@@ -369,7 +391,7 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
                 if distributed.total(len(kept)) == settings.prompts:  # the same on every rank
                     break
         # Advantages; also of groups that were dropped, since one may stand in as a filler.
-        add_advantages(sampled)
+        add_advantages(sampled, kept, settings)
         # Update. Ranks keep different numbers of groups: evened out, or all would wait for one.
         watch.lap("update")
         learner.model.train()
@@ -464,9 +486,32 @@ def rollout_groups(learner, rows, settings):
     return groups
 
 
-def add_advantages(groups):
-    for group in groups:
-        group["advantages"] = group_advantages(group["rewards"][None])[0]  # (G,)
+def add_advantages(sampled, kept, settings):
+    """Advantages (G,) of the groups of this rank, by --normalize."""
+    if settings.normalize == "sum":
+        for group in sampled:
+            group["advantages"] = group_advantages(group["rewards"][None])[0]
+        return
+    for group in sampled:
+        group["advantages"] = decoupled_advantages(*parts_and_weights(group["parts"]))[0]
+    scale = deviation(kept)
+    for group in sampled:
+        group["advantages"] /= scale + 1e-6
+
+
+def parts_and_weights(scores):
+    """The reward parts of a group's G responses as tensors (1, G, K), and their weights (K,)."""
+    with_centers = scores[0]["detection"] is not None
+    weights = rewards.WEIGHTS_WITH_CENTERS if with_centers else rewards.WEIGHTS
+    parts = [[score[name] for name in weights] for score in scores]
+    return torch.tensor([parts]), torch.tensor(list(weights.values()))
+
+
+def deviation(groups):
+    """Standard deviation of the advantages of all ranks' groups, whose mean is 0 in each group."""
+    squares = sum(group["advantages"].square().sum().item() for group in groups)
+    count = sum(len(group["advantages"]) for group in groups)
+    return math.sqrt(distributed.total(squares) / max(distributed.total(count) - 1, 1))
 
 
 def keep_group(rewards, settings):

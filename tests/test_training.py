@@ -34,6 +34,7 @@ import data
 import grpo
 import sft
 from engine import distributed
+from formats.errors import UserError
 from model import encode_prompts, split_features, token_rules
 from tools import bench
 from world.sources import rl_blend
@@ -92,6 +93,70 @@ def test_T6_ties_have_exactly_no_advantage():
             rounding += bool((rewards != rewards.mean()).any())
             assert torch.equal(grpo.group_advantages(rewards), torch.zeros(1, size))
     assert rounding > 0  # the case that makes this test worth while does occur
+
+
+# Reward parts of four groups of GROUP responses: accuracy, format, detection; the third ties in all.
+PARTS = [
+    [(1.0, 1, 0.4), (0.2, 1, 0.5), (0.0, 0, 0.0), (0.7, 1, 0.4)],
+    [(1.0, 1, None), (0.0, 1, None), (0.0, 1, None), (1.0, 0, None)],
+    [(0.5, 1, 0.2), (0.5, 1, 0.2), (0.5, 1, 0.2), (0.5, 1, 0.2)],
+    [(0.3, 1, 1.0), (0.3, 1, 0.8), (0.3, 1, 0.8), (0.3, 1, 0.8)],
+]
+
+
+def scored_groups():
+    names = ("accuracy", "format", "detection")
+    return [{"parts": [dict(zip(names, parts)) for parts in group]} for group in PARTS]
+
+
+def decoupled_plainly(kept):
+    """GDPO of the groups PARTS, one number at a time; kept: those that the batch consists of."""
+    summed = []
+    for group in PARTS:
+        weights = (0.8, 0.2) if group[0][2] is None else (0.8, 0.1, 0.1)
+        of_group = [0.0] * GROUP
+        for k, weight in enumerate(weights):
+            values = [parts[k] for parts in group]
+            for i, value in enumerate(values):
+                spread = statistics.stdev(values) + 1e-6
+                of_group[i] += weight * (value - statistics.mean(values)) / spread
+        summed.append(of_group)
+    scale = statistics.stdev([value for k in kept for value in summed[k]]) + 1e-6
+    return [[value / scale for value in group] for group in summed]
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 3], [1], [0, 1, 2, 3]])
+def test_each_reward_part_is_normalised_by_itself_and_then_the_batch(kept):
+    groups = scored_groups()
+    settings = dataclasses.replace(BASE, normalize="each")
+    grpo.add_advantages(groups, [groups[k] for k in kept], settings)
+    for group, expected in zip(groups, decoupled_plainly(kept)):
+        torch.testing.assert_close(
+            group["advantages"], torch.tensor(expected), rtol=1e-5, atol=1e-6
+        )
+    assert torch.equal(groups[2]["advantages"], torch.zeros(GROUP))
+    detection = groups[3]["advantages"]  # the part that differs weighs 0.1, as much as any other's
+    assert detection[0] > 0 > detection[1]
+
+
+def test_without_a_group_that_is_kept_all_advantages_stay_finite():
+    groups = scored_groups()
+    grpo.add_advantages(groups, [], dataclasses.replace(BASE, normalize="each"))
+    assert all(group["advantages"].isfinite().all() for group in groups)
+
+
+def test_a_reward_of_ones_own_has_no_parts_to_normalise(tokenizer):
+    settings = dataclasses.replace(BASE, normalize="each")
+    with pytest.raises(UserError, match="--normalize each: .* reward function of your own"):
+        grpo.train(
+            settings,
+            make_model(tokenizer),
+            tokenizer,
+            make_processor(),
+            Same(),
+            CPU,
+            reward_function=lambda row, response, parts: parts["reward"],
+        )
 
 
 @pytest.mark.parametrize(
@@ -821,6 +886,8 @@ def worker(rank, folder):
                 tokenizer, mine, groups[rank], settings
             )
     out["groups"] = make_groups(tokenizer)
+    out["each"] = scored_groups()[2 * rank : 2 * rank + 2]
+    grpo.add_advantages(out["each"], out["each"], dataclasses.replace(BASE, normalize="each"))
     out["train"] = train_unevenly(tokenizer, folder)
     torch.save(out, f"{folder}/out{rank}.pt")
     dist.destroy_process_group()
@@ -842,6 +909,14 @@ def test_two_processes_give_the_gradient_of_one(name, one_unit, two, plain, toke
     for results in two[1]:
         assert_same_step(
             results[name, one_unit], plain[vision], number_of_parameters(tokenizer, vision)
+        )
+
+
+def test_the_batch_that_advantages_are_normalised_over_is_that_of_all_ranks(two):
+    groups = [group for results in two[1] for group in results["each"]]
+    for group, expected in zip(groups, decoupled_plainly(range(4))):
+        torch.testing.assert_close(
+            group["advantages"], torch.tensor(expected), rtol=1e-5, atol=1e-6
         )
 
 
