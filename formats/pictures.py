@@ -60,7 +60,7 @@ def open_depth(file, scale=None):
     scale: metres per unit (`is_scale`); without it a unit of whole numbers is a millimetre, and numbers with
     a fraction (a float TIFF) are metres.
     """
-    picture = cache.get(("units", *key_of(file)), lambda: decode(file), bytes_of)
+    picture = cache.get(("units", *key_of(file)), lambda: decode(file, units=True), bytes_of)
     if picture.mode == "L" and scale is None:
         raise BadPicture(
             f"{name_of(file)}: of 8 bits, holds no metres, only relative depth; write a 16-bit "
@@ -163,12 +163,28 @@ def opened(file):
             raise BadPicture(f"{name_of(file)}: unreadable image ({quote(str(error))})") from None
 
 
-def decode(file):
-    """The picture of a file in its own mode, upright."""
+def decode(file, units=False):
+    """The picture of a file in its own mode, upright; units: its values are to be those stored."""
     with opened(file) as image:
+        if units and is_stretched(image):
+            raise BadPicture(
+                f"{name_of(file)}: its values would be stretched to 8 or 16 bits, and be no units "
+                "of depth; write a 16-bit PNG"
+            )
         image.load()
         turn = turn_of(image)
         return image.transpose(TURNS[turn]) if turn in TURNS else image
+
+
+def is_stretched(image):
+    """Does PIL stretch the values of this file, not loaded yet, to those of 8 or 16 bits?
+
+    It does so where the largest value is another one: in a PGM, or in a PNG of 2 or 4 bits.
+    """
+    arguments = [tile[3] for tile in image.tile]
+    if image.format == "PPM":
+        return any(isinstance(found, tuple) for found in arguments)  # (mode, largest value)
+    return image.format == "PNG" and any(found in ("L;2", "L;4") for found in arguments)
 
 
 def turn_of(image):
@@ -193,11 +209,15 @@ def in_rgb(image, name):
 
 
 def eight_bits(image, name):
-    """A grey picture of 16 bits -> of 8."""
+    """A grey picture of 16 bits -> of 8; with alpha where one of its values is transparent."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise BadPicture(f"{name}: needs at most 16 bits per channel; save the picture with 8")
-    return Image.fromarray(np.round(values / 257).astype(np.uint8))
+    grey = Image.fromarray(np.round(values / 257).astype(np.uint8))
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def bytes_of(image):

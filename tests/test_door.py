@@ -11,9 +11,11 @@ import io
 import json
 import math
 import random
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -155,6 +157,12 @@ def test_more_bits_are_scaled_and_what_is_transparent_is_white():
     palette.putpalette([0, 0, 0, 255, 0, 0])
     image = pictures.open_picture(encoded(palette, transparency=0))
     assert image.getpixel((0, 0)) == (255, 255, 255)
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 2, 1, 16, 0, 0, 0, 0), b"tRNS\0\0"]
+    chunks += [b"IDAT" + zlib.compress(b"\0" + struct.pack(">HH", 0, 257)), b"IEND"]
+    grey = b"\x89PNG\r\n\x1a\n"  # of 16 bits, whose 0 is transparent
+    for chunk in chunks:
+        grey += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    assert np.asarray(pictures.open_picture(grey))[0].tolist() == [[255] * 3, [1] * 3]
     half = pictures.open_picture(encoded(Image.new("RGBA", (1, 1), (0, 0, 0, 128))))
     assert half.getpixel((0, 0)) == (127, 127, 127)
     with pytest.raises(pictures.BadPicture, match="at most 16 bits"):
@@ -240,6 +248,22 @@ def test_depth_is_metres_by_rule():
     for array in (np.array([[2]], np.uint8), np.zeros((2, 2), bool), np.zeros((2, 2, 3), np.uint8)):
         with pytest.raises(pictures.BadPicture, match="metres"):
             read(array)
+
+
+@pytest.mark.parametrize(
+    "header, values",
+    [
+        (b"P5 2 1 10000\n", struct.pack(">HH", 1500, 2000)),
+        (b"P5 2 1 100\n", bytes([50, 60])),
+        (b"P2 2 1 10000\n", b"1500 2000\n"),
+    ],
+)
+def test_depth_whose_values_would_be_stretched_is_refused(header, values):
+    assert pictures.open_picture(header + values).size == (2, 1)
+    with pytest.raises(pictures.BadPicture, match="stretched"):
+        pictures.open_depth(header + values, 0.001)
+    whole = b"P5 2 1 65535\n" + struct.pack(">HH", 1500, 2000)
+    assert pictures.open_depth(whole)[0].tolist() == pytest.approx([1.5, 2.0])
 
 
 @pytest.mark.parametrize("scale", [0, -0.001, True, "0.001", [0.001], math.nan, math.inf, 1e9])
