@@ -17,7 +17,7 @@ import numpy as np
 from formats.cache import ByteCache
 from formats.errors import BadRow, quote
 from formats.instances import check_instance
-from formats.values import tidy
+from formats.values import tidy, unique_fields
 
 # Fields whose keys differ by row: some parquet files hold them as JSON text.
 JSON_FIELDS = ("conversations", "3d_pos", "bbox", "mask_idx")
@@ -111,7 +111,7 @@ class Rows:
         start, end = map(int, self.spans[i])
         with open(self.path, "rb") as file:
             file.seek(start)
-            return json.loads(file.read(end - start))
+            return json.loads(file.read(end - start), object_pairs_hook=unique_fields)
 
     def read_parquet(self, i):
         group = int(np.searchsorted(self.group_ends, i, side="right"))
@@ -120,7 +120,7 @@ class Rows:
         row = tidy(table.to_pylist()[0])
         for field in JSON_FIELDS:
             if isinstance(row.get(field), str):
-                row[field] = json.loads(row[field])
+                row[field] = json.loads(row[field], object_pairs_hook=unique_fields)
         return row
 
 
@@ -141,6 +141,8 @@ def index_json(path):
         if not file.read(1):
             raise BadRow(f"{path}: empty, needs a list of rows, each a JSON object")
         text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if b"\0" in text[:4]:
+        raise BadRow(f"{path}: not in UTF-8, as JSON is; save it in UTF-8")
     start = text.find(b"[") + 1
     is_list = text[:start].lstrip(b"\xef\xbb\xbf \t\r\n") == b"["  # after a byte order mark
     spans = spans_of_list(path, text, start) if is_list else spans_of_lines(text)

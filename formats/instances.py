@@ -56,6 +56,7 @@ REGION_PLACEHOLDER = "<mask>"
 MARK_AND_PLACEHOLDER = rf"(\w+ (?:bbox|point))?\s*{REGION_PLACEHOLDER}"
 DEFAULT_FOV = 60  # degrees, horizontal: for pictures without intrinsics
 SHORTEST_FOCAL = 0.1  # pixels
+SHARES = 10  # a focal length up to this, with a centre in 0 to 1, is in shares of the image
 LONGEST_TEXT = 10**6  # characters of a question or of a target
 MARK_COLORS = {
     "red": (255, 0, 0),
@@ -92,6 +93,7 @@ def turns(row):
     conversation = row.get("conversations")
     values = []
     if isinstance(conversation, list):
+        check_speakers(row, conversation)
         values = [turn.get("value") if isinstance(turn, dict) else None for turn in conversation]
     if len(values) != 2 or not all(map(has_text, values)):
         raise BadRow(
@@ -107,12 +109,25 @@ def turns(row):
     return question, target
 
 
+def check_speakers(row, conversation):
+    """BadRow where the model speaks first, or the human second; other words say nothing."""
+    for turn, other in zip(conversation, ("gpt", "human")):
+        if isinstance(turn, dict) and turn.get("from") == other:
+            raise BadRow(
+                f"{row['source']}: field 'conversations': the question, from human, comes first, "
+                f"then the answer, from gpt; not {quote(turn.get('from'))}"
+            )
+
+
 def answer_of(row):
-    """The ground-truth answer: "answer", else the <answer> of the target, else the whole target."""
+    """The ground-truth answer: "answer", or the target; of either what its <answer> holds, if any."""
     _, target = turns(row)
     answer = row.get("answer")
     if answer is None:
-        answer = (extract_answer(target) or target).strip() or None
+        answer = target
+    if isinstance(answer, str):
+        tagged = extract_answer(answer)
+        answer = answer.strip() if tagged is None else tagged.strip()
     if not has_text(answer):
         raise BadRow(
             f"{row['source']}: field 'answer': needs a text or a number, not {quote(answer)!r}"
@@ -165,7 +180,11 @@ def of_image(row, field, index):
     elif not isinstance(values, list):
         values = [values]
     if len(values) != count:
-        raise BadRow(f"{row['source']}: field '{field}': {len(values)} for {count} images")
+        one = " ([fx, fy, cx, cy])" if field == "intrinsics" else ""
+        raise BadRow(
+            f"{row['source']}: field '{field}': {len(values)} for {count} images; needs one"
+            f"{one} per image"
+        )
     return values[index]
 
 
@@ -246,6 +265,11 @@ def intrinsics_of(row, width, height, index=0):
         raise BadRow(
             f"{row['source']}: field 'intrinsics': needs [fx, fy, cx, cy], pixels, finite, "
             "focal lengths > 0"
+        )
+    if max(given) <= SHARES and 0 < min(given[2:]) <= max(given[2:]) <= 1 and width > SHARES:
+        raise BadRow(
+            f"{row['source']}: field 'intrinsics': {quote(given)} are shares of the image? "
+            f"Needs pixels of {width}x{height}"
         )
     return tuple(map(float, given))
 
@@ -473,9 +497,12 @@ def regions_by_image(row, boxes, images):
     try:
         for k in range(len(order)):
             image, index = order[str(k)]
-            if not is_index(image, images) or not is_index(index, len(by_image[str(image)])):
+            if not is_index(image, images):
                 raise IndexError
-            regions.append((image, by_image[str(image)][index]))
+            own_boxes = by_image[str(int(image))]
+            if not is_index(index, len(own_boxes)):
+                raise IndexError
+            regions.append((int(image), own_boxes[int(index)]))
     except (KeyError, IndexError, TypeError, ValueError):
         raise BadRow(
             f"{row['source']}: field 'mask_idx': needs {{'0': [image, index of its box in "

@@ -21,6 +21,19 @@ def tidy(value):
     return value
 
 
+def unique_fields(pairs):
+    """For json.loads: the fields of an object; ValueError where one is there twice.
+
+    Python would keep the last one, other readers the first.
+    """
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"field '{twice[:40]}' is there twice")
+    return fields
+
+
 def is_number(value, low=-LARGEST, high=LARGEST):
     """Is this a finite number from `low` to `high`? True and False are no numbers."""
     # The comparison is false for NaN.

@@ -349,6 +349,8 @@ def test_an_answer_is_a_text_or_a_number(answer, folder, texts):
         "80",
         [[80, 80, 40, 30]] * 2,
         [80, 80, 40, 10**400],
+        [1.0, 1.33, 0.5, 0.5],
+        [[80, 0, 40], [0, 80, 30], [0, 0, 1]],
     ],
 )
 def test_a_camera_is_four_numbers(intrinsics, folder, texts):
@@ -383,6 +385,47 @@ def test_values_and_messages_are_quoted_in_a_line():
     caught = "Caught BadRow in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
     error = BadRow(f'{caught}  File "x"\nformats.errors.BadRow: f: row 1: no\n')
     assert str(error) == "f: row 1: no"
+
+
+def test_the_question_comes_first(folder, texts):
+    question, answer = ROW["conversations"]
+    assert "comes first" in refused(
+        folder, texts, "conversations", conversations=[answer, question]
+    )
+    refused(folder, texts, "conversations", conversations=[question, {**answer, "from": "human"}])
+    other = [{"value": question["value"]}, {"from": "assistant", "value": answer["value"]}]
+    assert problem(folder, texts, conversations=other) == ""
+
+
+def test_a_field_that_is_there_twice_is_a_bad_row(folder):
+    for text in (
+        '{"image": "b.png", ' + json.dumps(ROW)[1:],
+        json.dumps(ROW).replace('"center_cam"', '"center_cam": [0, 0, 9], "center_cam"'),
+    ):
+        (folder / "twice.jsonl").write_text(text)
+        with pytest.raises(BadRow, match=r"row 0: .*field '(image|center_cam)' is there twice"):
+            Rows(str(folder / "twice.jsonl"))[0]
+
+
+@pytest.mark.parametrize("code", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_codes_than_utf_8_are_named(code, folder):
+    (folder / "rows.json").write_text(json.dumps([ROW, ROW], indent=1), encoding=code)
+    with pytest.raises(BadRow, match="save it in UTF-8"):
+        Rows(str(folder / "rows.json"))
+
+
+def test_an_answer_in_tags_is_what_they_hold(folder, texts):
+    row = {**ROW, "source": "x", "answer": " <answer> 2.0</answer>"}
+    assert instances.answer_of(row) == "2.0"
+    refused(folder, texts, "answer", answer="<answer> </answer>")
+    words = talk("How far is the red bbox <mask>?", "<think>far</think><answer></answer>")
+    refused(folder, texts, "answer", conversations=words)
+
+
+def test_indices_may_be_whole_numbers_with_a_fraction_of_0(folder, texts):
+    order = {"bbox": {"0": ROW["bbox"]}, "mask_idx": {"0": [0.0, 0.0]}}
+    assert problem(folder, texts, **order) == ""
+    refused(folder, texts, "mask_idx", **{**order, "mask_idx": {"0": [0, 0.5]}})
 
 
 def test_files_are_known_by_their_names_whatever_the_case(folder):
