@@ -766,13 +766,20 @@ def check_files(settings):
     inputs = [*(spec.partition("*")[0] for spec in settings.data), settings.scenes]
     inputs += [*settings.compare, *settings.ask[:1], settings.depth]
     for folder in (settings.model, *settings.runs):
-        for pattern in MODEL_FILES:
-            inputs += glob.glob(os.path.join(glob.escape(folder), pattern))
+        inputs += files_of_model(folder)
     check_outputs({"--json": settings.json, "--report": settings.report}, inputs)
     if settings.show:
         try_folder("--show", settings.show, os.path.realpath(settings.show))
     if settings.report and not settings.compare:
         report.check_logs(settings.runs or [settings.model])
+
+
+def files_of_model(folder):
+    """The files of a --model folder that are read."""
+    found = []
+    for pattern in MODEL_FILES:
+        found += glob.glob(os.path.join(glob.escape(folder), pattern))
+    return found
 
 
 def check_flags(settings, asked):

@@ -6,6 +6,7 @@ The paths are LOR (language-only reasoning) and DTR (detect-then-reason: 3D coor
     python grpo.py --model out/sft --data rl.json --lora 16 --checkpointing --rollout_prompts 16
     torchrun --nproc_per_node 8 grpo.py --model out/sft --data rl.json --checkpointing --resume
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 grpo.py
+    python grpo.py --explain step.html        # no run: its first step, on a page with every number
 
 For G responses to one prompt with rewards r:
 
@@ -42,7 +43,7 @@ import data
 import eval
 import rewards
 import sft
-from engine import distributed, plan, report, watch
+from engine import distributed, explain, plan, report, watch
 from engine.checkpoint import (
     Keeper,
     fingerprint,
@@ -53,6 +54,7 @@ from engine.checkpoint import (
     save_model,
 )
 from engine.lora import adapters_off, add_adapters
+from engine.output import check_outputs
 from engine.settings import parse, run_main, setting
 from engine.shared_prefix import rollout, token_logprobs  # as in model.py, several times as fast
 from formats.errors import UserError
@@ -195,7 +197,14 @@ class Settings:
     )
     keep: int = setting(2, "checkpoints to keep, the newest ones", at_least=1)
     resume: bool = setting(
-        False, "go on from the newest whole checkpoint in --out, if there is one"
+        False,
+        "go on from the newest whole checkpoint in --out, if there is one",
+        not_with=("explain",),
+    )
+    explain: str = setting(
+        "",
+        "HTML file: make the first step of this run, write a page that shows it token by token, "
+        "and end; nothing is written to --out (a missing cold start is made, as in a run)",
     )
     tensorboard: bool = setting(
         False, "also write the metrics for TensorBoard", package="tensorboard"
@@ -238,11 +247,13 @@ def grpo_loss(
     clip_high=0.3,
     dual_clip=3.0,
     kl=0.02,
+    terms=None,
 ):
     """The token loss, summed: to be divided by the tokens of the optimizer step.
 
     logprobs, old_logprobs, ref_logprobs (or None) and mask (N, T), 1 = token of a response, up to
     and including its stop token; advantages (N,). -> the sum, and {name: sum over tokens} to log
+    terms: a dict that is given the same of each token, {name: (N, T)}, and its "loss".
     """
     advantages = advantages[:, None]  # (N, 1)
     ratio = (logprobs - old_logprobs).clamp(-20, 20).exp()  # exp(20) is finite, exp(100) is not
@@ -264,6 +275,8 @@ def grpo_loss(
         )  # its expected gradient is that of KL(p_ref, p), not of KL(p, p_ref)
         loss = loss + kl * k3
         stats["kl"] = k3
+    if terms is not None:
+        terms.update(stats, loss=loss)
     in_response = mask.bool()
     sums = {name: value.detach()[in_response].sum() for name, value in stats.items()}
     return loss[in_response].sum(), sums
@@ -358,7 +371,10 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
     data.check_with(sources, tokenizer, processor)
     origin = origin_of(model, sources)
     learner = set_up(settings, model, tokenizer, processor, rows, device)
-    keeper = Keeper(settings, learner.model, tokenizer, processor, origin, learner.generator)
+    if settings.explain:
+        keeper = explain.Witness(settings)  # of one step: nothing is kept
+    else:
+        keeper = Keeper(settings, learner.model, tokenizer, processor, origin, learner.generator)
     first_step, position = keeper.begin("GRPO", settings.steps, learner.optimizer)  # 0, 0: fresh
     bar = tqdm(
         range(first_step, settings.steps),
@@ -397,14 +413,20 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
         learner.model.train()
         updates = []
         mine = distributed.even_out(kept, device)
-        for groups in mini_batches(mine, settings.minibatches):
+        batches = mini_batches(mine, settings.minibatches)
+        if settings.explain:
+            shown = explain.mark(batches, sampled)
+        for groups in batches:
             stats = optimizer_step(learner, groups, sampled[0], settings, keeper.finite)
             if stats is not None:
                 updates.append(stats)
+        if settings.explain:
+            explain_step(learner, shown, sampled, kept, updates, settings)
+            return learner.model
         # Log and keep.
         watch.report_step(step, sampled, kept, updates, keeper.log, bar, settings)
         keeper.after(step + 1, position)
-        del groups, mine, kept, sampled  # the features, before others are made
+        del groups, batches, mine, kept, sampled  # the features, before others are made
     keeper.close()
     save_model(learner.model, tokenizer, processor, settings.out)
     return learner.model
@@ -574,6 +596,7 @@ def optimizer_step(learner, groups, filler, settings, finite=None):
     means["mismatch_max"] = distributed.most(largest_mismatch)
     means["grad_norm"] = norm
     means["tokens"] = tokens
+    explain.record_step(groups, means, sound)
     return means if sound else None
 
 
@@ -592,6 +615,7 @@ def micro_batch_loss(learner, groups, settings):
             ref_logprobs, _ = token_logprobs(learner.reference, *inputs)
         watch.lap("update")
     logprobs, entropy = token_logprobs(learner.model, *inputs)  # (N, T)
+    terms = {"logprobs": logprobs, "ref_logprobs": ref_logprobs}
     loss, stats = grpo_loss(
         logprobs,
         old_logprobs,
@@ -602,7 +626,9 @@ def micro_batch_loss(learner, groups, settings):
         settings.clip_high,
         settings.dual_clip,
         settings.kl,
+        terms,
     )
+    explain.record_tokens(groups, terms)
     in_response = mask.bool()
     stats["loss"] = loss.detach()
     stats["entropy"] = entropy[in_response].sum()
@@ -663,6 +689,28 @@ def group_name(group):
     return group["row"].get("id") or group["row"]["source"]
 
 
+def explain_step(learner, shown, sampled, kept, updates, settings):
+    """--explain: the page about a step that was made; see engine/explain.py. On all ranks.
+
+    shown: the groups that `explain.mark` chose; the others: what the step sampled, kept and did.
+    """
+    prompts, features, tokens, mask, _, _ = collate_groups(
+        shown, learner.tokenizer, learner.device
+    )
+    if settings.train_vision:
+        features = None  # they have changed
+    with torch.no_grad():
+        new_logprobs, _ = token_logprobs(
+            learner.model, prompts, features, tokens, mask, learner.banned, settings.temperature
+        )  # (N, T), after the updates
+    counts = {
+        "sampled": distributed.total(len(sampled)),
+        "kept": distributed.total(len(kept)),
+        "updates": len(updates),
+    }
+    explain.write(settings, learner.tokenizer, shown, new_logprobs, counts)
+
+
 # ----------------------------------------------------------------------------------------------
 # the reward that is optimized: the whole one, or an ablation of its detection part (--detection)
 
@@ -702,11 +750,16 @@ def check_flags(settings, asked):
         raise UserError(
             "--lora trains adapters of the language model only; leave --train_vision out"
         )
+    if settings.explain:
+        inputs = [*(spec.partition("*")[0] for spec in settings.data), settings.scenes]
+        inputs += eval.files_of_model(settings.model)
+        check_outputs({"--explain": settings.explain}, inputs)
     if settings.data and is_made_first(settings):
         raise UserError("--model: is needed with --data, a model that sft.py made with --data")
     if "size" in asked and not is_made_first(settings):
         check_size(settings)
-    sft.check_folders(settings)
+    if not settings.explain:
+        sft.check_folders(settings)
 
 
 def is_made_first(settings):
@@ -732,7 +785,7 @@ def check(settings):
         )
     if settings.questions < 0:
         settings.questions = 0 if settings.data or settings.scenes else 1320
-    if not settings.resume:
+    if not settings.resume and not settings.explain:
         resumable_state(settings)  # refuses to write over a run, before any work
 
 
@@ -829,11 +882,15 @@ def main():
     settings = parse(Settings, __doc__, check=check_flags)
     device = distributed.setup(settings.seed)
     check(settings)
-    hold(settings.out)
+    if not settings.explain:
+        hold(settings.out)
     model, tokenizer, processor = load_start(settings, device)
     side = image_side(processor)
     blend = data.Blend(sources_of(settings, side), settings.seed)
     reward_function = REWARD_FUNCTIONS[settings.detection]
+    if settings.explain:
+        train(settings, model, tokenizer, processor, blend, device, reward_function)
+        return
     questions = held_out(settings.questions, side) if settings.questions else []
     if questions:
         before = evaluate_start(settings, model, tokenizer, processor, questions, device)

@@ -61,6 +61,7 @@ FIXED = ("seed", "size", "lora", "train_vision")
 FREE = (
     "out",
     "resume",
+    "explain",
     "save_every",
     "keep",
     "questions",

@@ -679,17 +679,7 @@ addEventListener("hashchange", show);
 document.querySelector("nav").hidden = false;
 show();
 """
-# The policy of the page names its only script by this, so that no other one runs.
-SCRIPT_HASH = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-
-HEAD = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">\
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
-script-src 'sha256-HASH'; base-uri 'none'; form-action 'none'">
-<title>Evaluation</title>\
-<style>
+STYLE = """\
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59616b; --line: #dde1e6; \
 --page: #fff; --card: #f6f7f9;
  --p0: #1a6fc9; --p1: #c2541a; --p2: #47772a; --p3: #7b4fb5; --right: #18733f; --wrong: #b0302b; }
@@ -765,5 +755,22 @@ nav[hidden], article[hidden] { display: none; }
 pre { white-space: pre-wrap; font: .8125rem/1.5 ui-monospace, monospace;
  margin: .25rem 0; max-height: 24rem; overflow: auto; } \
 pre u { color: var(--soft); text-decoration: none; }
-</style></head><body>
-""".replace("HASH", SCRIPT_HASH)
+"""
+
+
+def head(title, script, style):
+    """The top of a page. Its policy names the only script by its hash, so that no other one runs."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">\
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; \
+script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'">
+<title>{escape(title)}</title>\
+<style>
+{style}</style></head><body>
+"""
+
+
+HEAD = head("Evaluation", SCRIPT, STYLE)
