@@ -694,9 +694,7 @@ def explain_step(learner, shown, sampled, kept, updates, settings):
 
     shown: the groups that `explain.mark` chose; the others: what the step sampled, kept and did.
     """
-    prompts, features, tokens, mask, _, _ = collate_groups(
-        shown, learner.tokenizer, learner.device
-    )
+    prompts, features, tokens, mask, _, _ = collate_groups(shown, learner.tokenizer, learner.device)
     if settings.train_vision:
         features = None  # they have changed
     with torch.no_grad():
@@ -704,8 +702,8 @@ def explain_step(learner, shown, sampled, kept, updates, settings):
             learner.model, prompts, features, tokens, mask, learner.banned, settings.temperature
         )  # (N, T), after the updates
     counts = {
-        "sampled": distributed.total(len(sampled)),
-        "kept": distributed.total(len(kept)),
+        "sampled": int(distributed.total(len(sampled))),
+        "kept": int(distributed.total(len(kept))),
         "updates": len(updates),
     }
     explain.write(settings, learner.tokenizer, shown, new_logprobs, counts)

@@ -32,8 +32,8 @@ from formats.instances import (
     images_of,
     open_image,
     path_of,
-    question_of,
     reference_frame,
+    text_of,
 )
 
 CLEAR = 0.15  # a group whose rewards deviate by so much is a clear example
@@ -81,14 +81,18 @@ def mark(batches, sampled):
 
 
 def instructive(group, step):
-    """How much a group has to show, to be compared: clear rewards, centres, a later update.
+    """How much a group has to show, to be compared: clear rewards, several good and several bad
+    responses, centres, a later update.
 
     Before the first optimizer step the policy is the one that sampled: all ratios are 1, and the
     KL is 0. Later there is something to see.
     """
-    spread = group["rewards"].std().item()
+    group_rewards = group["rewards"]
+    spread = group_rewards.std().item()
+    above = (group_rewards > group_rewards.mean()).sum().item()
+    is_mixed = len(group_rewards) <= 4 * min(above, len(group_rewards) - above)
     has_centers = group["parts"][0]["detection"] is not None
-    return spread >= CLEAR, has_centers, step, spread
+    return spread >= CLEAR, is_mixed, has_centers, step, spread
 
 
 def record_tokens(groups, terms):
@@ -259,7 +263,6 @@ PUSHES = {"up": "made likelier", "down": "made less likely", "still": "left alon
 
 def page_of(settings, views, counts):
     """The page as a text."""
-    G = settings.group_size
     sections = []
     for k, view in enumerate(views):
         sections.append(group_section(settings, view, f"group{k}"))
@@ -267,11 +270,7 @@ def page_of(settings, views, counts):
         [
             report.head("One step of GRPO", SCRIPT, report.STYLE + STYLE),
             "<h1>One step of GRPO, whole</h1>",
-            f'<p class="lead">The model answers each question {G} times. Rules pay each response. '
-            "What was paid better than its siblings is made likelier, what was paid worse is made "
-            "less likely, and a leash keeps the model near the one that it started from. "
-            "This page follows one training step down to the single token; all numbers are "
-            "those that the step computed.</p>",
+            lead(settings),
             course(settings, counts),
             choice(views),
             *sections,
@@ -282,19 +281,28 @@ def page_of(settings, views, counts):
     )
 
 
+def lead(settings):
+    return (
+        f'<p class="lead">The model answers each question {settings.group_size} times. Rules pay '
+        "each response. What was paid better than its siblings is made likelier, what was paid "
+        "worse is made less likely, and a leash keeps the model near the one that it started "
+        "from. This page follows one training step down to the single token; all numbers are "
+        "those that the step computed.</p>"
+    )
+
+
 def course(settings, counts):
     """What the whole step did, in four boxes."""
     groups = counts["sampled"]
     G = settings.group_size
     dropped = groups - counts["kept"]
+    reason = "too easy or too hard" if settings.filter == "mean" else "rewards all alike"
     boxes = [
         ("Sample", f"{groups * G:,} responses", f"{groups:,} questions × {G}, each a group"),
         ("Score", f"{groups * G:,} rewards", "rules compare each with the truth: 0 to 1"),
-        ("Filter", f"{counts['kept']:,} groups kept", f"{dropped:,} dropped: rewards all alike"),
+        ("Filter", f"{counts['kept']:,} groups kept", f"{dropped:,} dropped: {reason}"),
         ("Update", f"{counts['updates']} optimizer steps", "each on its share of the groups"),
     ]
-    if settings.filter == "mean":
-        boxes[2] = (*boxes[2][:2], f"{dropped:,} dropped: too easy or too hard")
     items = ""
     for head, number, words in boxes:
         items += f"<li><b>{head}</b><strong>{number}</strong><span>{words}</span></li>"
@@ -307,8 +315,8 @@ def choice(views):
         return ""
     buttons = ""
     for k, view in enumerate(views):
-        name = report.PATHS[view["path"]]
-        buttons += f'<button data-group="group{k}" aria-pressed="false">{name}</button>'
+        name, _, words = report.PATHS[view["path"]].partition(":")
+        buttons += f'<button data-group="group{k}" aria-pressed="false">{name}<span>:{words}</span></button>'
     return f'<nav hidden aria-label="Which group?"><span>Follow a group:</span>{buttons}</nav>'
 
 
@@ -335,6 +343,8 @@ def question_part(view):
     row = view["row"]
     front, text = data.prompt_text(row, True, len(images_of(row)))
     prompt = escape(front + text)
+    question = escape(text_of(row).strip())
+    prompt = prompt.replace(question, f"<strong>{question}</strong>")
     for placeholder in ("&lt;image&gt;", "&lt;mask&gt;"):
         prompt = prompt.replace(placeholder, f"<mark>{placeholder}</mark>")
     masks = ""
@@ -398,20 +408,20 @@ def centers_drawing(view, size):
     return f'<svg viewBox="0 0 {width} {height}">{circles}{crosses}</svg>'
 
 
-MODES = {
+MODES = {  # what the tokens can be coloured by: {name: (words, what the colour says)}
     "chance": (
         "how unlikely",
         "The stronger the colour, the less likely the token was when it was drawn.",
     ),
     "change": (
         "change",
-        "What all optimizer steps together made of the token: blue is likelier now, orange is less "
-        "likely, full colour a tenth or more.",
+        "What the whole step made of the token: blue is likelier now, orange is less likely, "
+        + "full colour by a tenth or more.",
     ),
     "share": (
         "share of the loss",
-        "The token's share of the loss, against the largest of the group: blue lowers the loss "
-        "when it gets likelier, orange when it gets less likely.",
+        "The token's share of the loss, against the largest of the group: blue is pushed up, "
+        + "orange is pushed down.",
     ),
     "k3": (
         "KL",
@@ -434,7 +444,9 @@ def responses_part(settings, view, name):
             continue
         is_first = mode == "chance"
         checked = " checked" * is_first
-        radios += f'<label><input type="radio" name="{name}" value="{mode}"{checked}>{words}</label>'
+        radios += (
+            f'<label><input type="radio" name="{name}" value="{mode}"{checked}>{words}</label>'
+        )
         hints += f'<span data-mode="{mode}"{"" if is_first else " hidden"}>{hint}</span>'
     body = (
         f"<p>At temperature {settings.temperature:g} every token is drawn by the model's own "
@@ -479,10 +491,8 @@ def reward_bar(response):
     terms = []
     for k, (name, weight) in enumerate(weights.items()):
         width = 100 * weight * parts[name]
-        bars += f'<i class="p{k}" style="width:{width:.2f}%"></i>'
-        terms.append(
-            f'<span><s class="p{k}"></s>{name} {weight:g} × {plain(parts[name])}</span>'
-        )
+        bars += f'<i class="r{k}" style="width:{width:.2f}%"></i>'
+        terms.append(f'<span><s class="r{k}"></s>{name} {weight:g} × {plain(parts[name])}</span>')
     other = ""
     if abs(parts["reward"] - response["reward"]) > 1e-6:  # --detection, or a reward of one's own
         other = f"<span>these add up to {plain(parts['reward'])}; the run's own rule pays "
@@ -494,12 +504,15 @@ def token_html(token, is_first):
     """A token with its numbers; the script reads them from data-n."""
     numbers = " ".join(number_text(token.get(name)) for name in COLUMNS)
     chance = math.exp(min(token["old"], 0.0))
-    line = " n" if "\n" in token["piece"] else ""
-    part = " part" if not token["piece"] else ""
+    kind = ""
+    if not token["piece"]:
+        kind = " part"  # of a character
+    elif "\n" in token["piece"] and not token["piece"].strip():
+        kind = " n"
     # One stop of the Tab key per response, at its first token; arrow keys go on from there.
     stop = 0 if is_first else -1
     return (
-        f'<span class="t{line}{part}" role="button" tabindex="{stop}" data-n="{numbers}" '
+        f'<span class="t{kind}" role="button" tabindex="{stop}" data-n="{numbers}" '
         f'style="--x:{80 * (1 - chance):.0f}">{escape(token["piece"])}</span>'
     )
 
@@ -524,7 +537,7 @@ def compare_part(view):
         gap = r["reward"] - mean
         color = direction(r["advantage"])
         rows += (
-            f'<tr><th>{r["number"]}</th><td>{plain(r["reward"], 3)}</td>'
+            f"<tr><th>{r['number']}</th><td>{plain(r['reward'], 3)}</td>"
             f"<td>{signed(gap, 3)}</td>"
             f"<td>{signed(gap, 3)} / ({plain(deviation, 3)} + 0.000001)</td>"
             f'<td class="{color}">{signed(r["advantage"], 3)} {ARROWS[color]}</td></tr>'
@@ -733,13 +746,16 @@ def formulas(settings):
     ]
     rows = ""
     for what, file, function in places:
-        rows += f"<tr><th>{what}</th><td><code>{file}</code></td><td><code>{function}</code></td></tr>"
+        rows += (
+            f"<tr><th>{what}</th><td><code>{file}</code></td><td><code>{function}</code></td></tr>"
+        )
     return (
         "<h2>Where this is written</h2>"
         f'<div class="scroll" tabindex="0"><table><tbody>{rows}</tbody></table></div>'
         f'<p class="soft">Model {escape(settings.model)}, seed {settings.seed}, learning rate '
         f"{settings.lr:g}, {settings.minibatches} optimizer steps per rollout at most. The groups "
-        "shown were chosen: rewards that differ clearly, known centres, a late optimizer step.</p>"
+        "shown were chosen for what there is to see: rewards that differ clearly, known centres, a "
+        "late optimizer step.</p>"
     )
 
 
@@ -751,12 +767,12 @@ PANEL = """
 <p><b data-cell="token"></b> <span class="soft" data-cell="where"></span>\
 <button aria-label="Close">×</button></p>
 <dl>
-<div><dt>when sampled</dt><dd data-cell="old"></dd></div>
+<div><dt>sampled</dt><dd data-cell="old"></dd></div>
 <div><dt>ratio</dt><dd data-cell="ratio"></dd></div>
 <div><dt>objective</dt><dd data-cell="objective"></dd></div>
 <div><dt>KL</dt><dd data-cell="k3"></dd></div>
-<div><dt>share of the loss</dt><dd data-cell="share"></dd></div>
-<div><dt>after the step</dt><dd data-cell="new"></dd></div>
+<div><dt>loss share</dt><dd data-cell="share"></dd></div>
+<div><dt>after</dt><dd data-cell="new"></dd></div>
 </dl></aside>
 """
 
@@ -787,7 +803,7 @@ function fill(token) {
 : token.textContent.includes("\\n") ? "new line" : token.textContent ? "space" : "part of a character";
   cells.where.textContent = "token " + (place.indexOf(token) + 1) + " of " + place.length + \
 ", response " + card.dataset.response + ", A = " + text(a, 2);
-  cells.old.textContent = "p\\u2092\\u2097\\u1d48 = ".replace("\\u1d48", "d") + chance(n.old) + ", log " + text(n.old, 3);
+  cells.old.textContent = "p old = " + chance(n.old) + ", log " + text(n.old, 3);
   cells.new.textContent = chance(n.old) + " \\u2192 " + chance(n.new) + ", log " + \
 (n.new > n.old ? "+" : "") + text(n.new - n.old, 4);
   if (Number.isNaN(n.ratio)) {
@@ -797,7 +813,7 @@ cells[name].textContent = "no update has seen it";
   }
   const j = (Number.isNaN(n.k3) ? 0 : kl * n.k3) - n.loss;
   const floored = a < 0 && n.ratio > Number(group.dual);
-  cells.ratio.textContent = "w = exp(" + text(n.now, 3) + " \\u2212 " + text(n.old, 3) + ") = " + \
+  cells.ratio.textContent = "w = exp(" + text(n.now, 3) + " + " + text(-n.old, 3) + ") = " + \
 text(n.ratio, 4) + (n.clipped ? ", clipped: no push" : floored ? ", bounded: no push" : ", not clipped");
   cells.objective.textContent = "J = " + (n.clipped || floored ? "bound" : text(n.ratio, 4)) + \
 " \\u00d7 A = " + text(j, 3);
@@ -903,7 +919,7 @@ h2 small { display: inline-block; min-width: 1.7em; height: 1.7em; font: 600 .95
 text-align: center;
  border-radius: 1em; background: var(--ink); color: var(--page); margin-right: .3rem; }
 .course { list-style: none; padding: 0; display: grid; gap: .5rem; \
-grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); }
+grid-template-columns: repeat(auto-fit, minmax(min(100%, 10rem), 1fr)); }
 .course li { background: var(--card); border-radius: 10px; padding: .6rem .9rem; display: grid; }
 .course strong { font-size: 1.2rem; } \
 .course span { color: var(--soft); font-size: .875rem; }
@@ -933,6 +949,9 @@ grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); }
 .reward { height: .6rem; background: var(--line); border-radius: 3px; overflow: hidden; \
 display: flex; }
 .reward i { background: var(--c); } \
+.r0 { --c: var(--p2); } \
+.r1 { --c: color-mix(in srgb, var(--p2) 35%, var(--card)); } \
+.r2 { --c: color-mix(in srgb, var(--p2) 70%, var(--ink)); }
 .terms { display: flex; flex-wrap: wrap; gap: 0 .7rem; color: var(--soft); font-size: .75rem; }
 .terms s { display: inline-block; width: .6rem; height: .6rem; background: var(--c); \
 margin-right: .25rem; }
@@ -978,6 +997,9 @@ aside dl { margin: 0; display: grid; gap: .25rem 1.25rem; font-variant-numeric: 
 grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 aside dt { color: var(--soft); font-size: .8125rem; } \
 aside dd { margin: 0; }
-@media (max-width: 40rem) { aside dl div { display: grid; grid-template-columns: 5.5rem 1fr; } \
+@media (max-width: 40rem) { aside dl div { display: grid; grid-template-columns: 5rem 1fr; } \
+nav button { flex: 1; } \
+nav button span { display: none; } \
+.formulas b { display: block; }
 aside dl, aside dd { font-size: .875rem; gap: .1rem; } }
 """
