@@ -381,7 +381,7 @@ def train(settings, model, tokenizer, processor, rows, device, reward_function=N
         desc="GRPO",
         initial=first_step,
         total=settings.steps,
-        disable=distributed.rank() > 0,
+        disable=distributed.rank() > 0 or bool(settings.explain),
         mininterval=2,
     )
     local = settings.prompts // distributed.world_size()  # prompts per rank

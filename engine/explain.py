@@ -36,6 +36,7 @@ from formats.instances import (
     text_of,
 )
 
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 CLEAR = 0.15  # a group whose rewards deviate by so much is a clear example
 RESPONSES = 16  # most responses of a group that are shown: the best and the worst ones
 TOKENS = 1500  # most tokens of a response that are shown
@@ -67,16 +68,22 @@ def mark(batches, sampled):
     batches: the groups of each optimizer step; sampled: all groups. Where none was kept, one that
     was dropped is shown. -> the chosen groups, at least one
     """
-    best = {}  # path -> (how instructive, group)
+    best = {}  # path -> (how instructive, group, optimizer steps before its own)
     for step, groups in enumerate(batches):
         for group in groups:
             path = path_of(group["row"])
             value = instructive(group, step)
             if path not in best or value > best[path][0]:
-                best[path] = (value, group)
-    shown = [best[path][1] for path in ("dtr", "lor") if path in best] or sampled[:1]
-    for group in shown:
-        group["record"] = {}
+                best[path] = (value, group, sum(map(bool, batches[:step])))
+    shown = []
+    for path in ("dtr", "lor"):
+        if path in best:
+            _, group, earlier = best[path]
+            group["record"] = {"earlier": earlier}
+            shown.append(group)
+    if not shown:
+        shown = sampled[:1]
+        shown[0]["record"] = {}
     return shown
 
 
@@ -183,7 +190,7 @@ def view_of(group, new_logprobs, tokenizer):
         "row": group["row"],
         "path": path_of(group["row"]),
         "step": step,
-        "kept": group["kept"],
+        "earlier": record.get("earlier", 0),  # optimizer steps before that of the group
         "mean": group["rewards"].mean().item(),
         "deviation": group["rewards"].std().item(),
         "responses": responses,
@@ -244,8 +251,11 @@ def plain(value, digits=2):
 
 
 def short(value):
-    """A number of any size in three digits."""
-    return f"{value:.3g}".replace("-", "−")
+    """A number of any size in three digits: 0.00665, 1.9 × 10⁻⁷."""
+    digits, _, power = f"{value:.3g}".partition("e")
+    if power:
+        digits += f" × 10{str(int(power)).translate(SUPERSCRIPTS)}"
+    return digits.replace("-", "−")
 
 
 def direction(value):
@@ -254,7 +264,7 @@ def direction(value):
 
 
 ARROWS = {"up": "▲", "down": "▼", "still": "■"}
-PUSHES = {"up": "made likelier", "down": "made less likely", "still": "left alone"}
+PUSHES = {"up": "pushed up", "down": "pushed down", "still": "not pushed"}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -299,7 +309,7 @@ def course(settings, counts):
     reason = "too easy or too hard" if settings.filter == "mean" else "rewards all alike"
     boxes = [
         ("Sample", f"{groups * G:,} responses", f"{groups:,} questions × {G}, each a group"),
-        ("Score", f"{groups * G:,} rewards", "rules compare each with the truth: 0 to 1"),
+        ("Score", f"{groups * G:,} rewards", "by rules, from 0 to 1"),
         ("Filter", f"{counts['kept']:,} groups kept", f"{dropped:,} dropped: {reason}"),
         ("Update", f"{counts['updates']} optimizer steps", "each on its share of the groups"),
     ]
@@ -316,7 +326,8 @@ def choice(views):
     buttons = ""
     for k, view in enumerate(views):
         name, _, words = report.PATHS[view["path"]].partition(":")
-        buttons += f'<button data-group="group{k}" aria-pressed="false">{name}<span>:{words}</span></button>'
+        buttons += f'<button data-group="group{k}" aria-pressed="false">{name}'
+        buttons += f"<span>:{words}</span></button>"
     return f'<nav hidden aria-label="Which group?"><span>Follow a group:</span>{buttons}</nav>'
 
 
@@ -539,7 +550,6 @@ def compare_part(view):
         rows += (
             f"<tr><th>{r['number']}</th><td>{plain(r['reward'], 3)}</td>"
             f"<td>{signed(gap, 3)}</td>"
-            f"<td>{signed(gap, 3)} / ({plain(deviation, 3)} + 0.000001)</td>"
             f'<td class="{color}">{signed(r["advantage"], 3)} {ARROWS[color]}</td></tr>'
         )
     tie = ""
@@ -563,34 +573,45 @@ def compare_part(view):
         f"<strong>{plain(deviation, 4)}</strong></p>"
         "<p><b>advantage</b> A = (reward − mean) / (deviation + 0.000001)</p></div>"
         '<div class="scroll" tabindex="0"><table><thead><tr><th>response</th><th>reward</th>'
-        f"<th>− mean</th><th>/ deviation</th><th>advantage A</th></tr></thead><tbody>{rows}"
+        f"<th>− mean</th><th>/ deviation = A</th></tr></thead><tbody>{rows}"
         f"</tbody></table></div>{tie}{dropped}"
     )
     return "Compared with its siblings", body
 
 
 def reward_line(view):
-    """The rewards on a line from 0 to 1, with the mean and one deviation to either side."""
+    """The rewards on a line, with the mean and one deviation to either side.
+
+    It reaches from 0 to 1, or as far as the rewards of a rule of one's own.
+    """
+    by_number = sorted(view["responses"], key=lambda response: response["number"])
+    low = min([0.0] + [r["reward"] for r in by_number])
+    high = max([1.0] + [r["reward"] for r in by_number])
+
+    def place(reward):
+        """-> per cent of the line"""
+        return 100 * (min(max(reward, low), high) - low) / (high - low)
+
     dots = ""
-    height = {}  # place on the line -> dots that stand there
-    for r in sorted(view["responses"], key=lambda response: response["number"]):
-        place = round(r["reward"] * 33)  # dots of one place would cover each other
-        level = height.get(place, 0)
-        height[place] = level + 1
+    heights = {}  # stretch of the line -> dots that stand there, one above the other
+    for r in by_number:
+        stretch = round(place(r["reward"]) / 7)
+        level = heights.get(stretch, 0)
+        heights[stretch] = level + 1
         dots += (
-            f'<b class="{direction(r["advantage"])}" style="left:{100 * r["reward"]:.2f}%;'
+            f'<b class="{direction(r["advantage"])}" style="left:{place(r["reward"]):.2f}%;'
             f'bottom:{1.5 * min(level, 7):.1f}rem">{r["number"]}</b>'
         )
-    rem = 1.5 * min(max(height.values()), 8)
-    left = max(0.0, view["mean"] - view["deviation"])
-    right = min(1.0, view["mean"] + view["deviation"])
+    rem = 1.5 * min(max(heights.values()), 8)
+    left = place(view["mean"] - view["deviation"])
+    width = place(view["mean"] + view["deviation"]) - left
     return (
-        f'<div class="line" role="img" aria-label="rewards of the responses, from 0 to 1">'
+        f'<div class="line" role="img" aria-label="rewards from {low:g} to {high:g}">'
         f'<div style="height:{rem:.1f}rem">'
-        f'<i class="band" style="left:{100 * left:.2f}%;width:{100 * (right - left):.2f}%"></i>'
-        f'<i class="mean" style="left:{100 * view["mean"]:.2f}%"></i>{dots}</div>'
-        '<p class="scale"><span>0</span><span>reward; the line is the mean, the band one '
-        "deviation to either side</span><span>1</span></p></div>"
+        f'<i class="band" style="left:{left:.2f}%;width:{width:.2f}%"></i>'
+        f'<i class="mean" style="left:{place(view["mean"]):.2f}%"></i>{dots}</div>'
+        f'<p class="scale"><span>{plain(low, 0)}</span><span>reward; the line is the mean, the '
+        f"band one deviation to either side</span><span>{plain(high, 0)}</span></p></div>"
     )
 
 
@@ -606,6 +627,15 @@ def push_part(settings, view):
     if best["advantage"] > worst["advantage"]:
         words = f"<p>{because(view, best)}</p><p>{because(view, worst)}</p>"
     nothing = "so nothing is clipped here" if not clipped else f"so {clipped} are clipped here"
+    moved = (
+        "This group is in the first optimizer step, where the model is still the one that sampled"
+    )
+    if view["earlier"]:
+        before = (
+            "one optimizer step" if view["earlier"] == 1 else f"{view['earlier']} optimizer steps"
+        )
+        moved = f"Since it sampled, the model has moved by {before}"
+    cost = f"(J − {settings.kl:g} k3)" if settings.kl else "J"
     share = sum(values_of(view, "share"))
     body = (
         f"{words}"
@@ -615,12 +645,11 @@ def push_part(settings, view):
         '<div class="formulas"><p><b>objective</b> '
         f"J = min(w A, clip(w, {low:g}, {high:g}) A)"
         f"{f', at least {settings.dual_clip:g} A where A is negative'}</p>"
-        f"<p><b>loss</b> −(J − {settings.kl:g} k3) / {tokens:,.0f}, "
+        f"<p><b>loss</b> −{cost} / {tokens:,.0f}, "
         "the tokens of this optimizer step</p></div>"
         "<p>The clip is the seat belt: once a token has become "
         f"{high:g} times as likely (or, going down, {low:g} times), more of it earns nothing, "
-        f"until new responses are sampled. The model has moved a little since it sampled, "
-        f"by the optimizer steps before this one: the ratios of this group lie between "
+        f"until new responses are sampled. {moved}: the ratios of this group lie between "
         f"{plain(min(ratios), 3)} and {plain(max(ratios), 3)}, {nothing}.</p>"
         f"<p>This group's {len(ratios):,} tokens add "
         f'<strong data-group-loss="{share:.9g}">{short(share)}</strong> to the optimizer step\'s '
@@ -649,7 +678,7 @@ def because(view, response):
     color = direction(response["advantage"])
     gap = abs(response["reward"] - view["mean"])
     said = rewards.extract_answer(response["text"])
-    answer = "gives no answer that can be read" if not said else f"answers “{escape(said[:80])}”"
+    answer = f"answers “{escape(said[:80])}”" if said else "gives no answer that can be read"
     return (
         f'<b class="{color}">{ARROWS[color]} Response {response["number"]}</b> {answer} '
         f"(truth: {escape(answer_of(view['row']))}). "
@@ -711,8 +740,9 @@ def after_part(view):
     if view["step"] and view["step"]["sound"]:
         verdict = (
             f"{agree} of {len(shown)} responses moved the way their advantage points. "
-            "Not all have to: the same weights serve all questions, and every other group of the "
-            "step pulled at them too. One step moves little; a run has hundreds."
+            "Not all have to: a response shares tokens with better and worse siblings, and the "
+            "same weights serve all questions, so that every other group of the step pulled at "
+            "them too. One step moves little; a run has hundreds."
         )
     elif view["step"]:
         verdict = (
@@ -722,7 +752,8 @@ def after_part(view):
         verdict = "Any change comes from groups of other processes."
     body = (
         "<p>The same tokens, scored once more after all optimizer steps of this step: how many "
-        "times as likely is each whole response now?</p>"
+        "times as likely is each whole response now? (Which tokens moved, the colours of “change” "
+        "show above.)</p>"
         '<div class="after"><span>response, A</span><div></div><span>probability</span>'
         f"{rows}</div><p>{verdict}</p>"
     )
@@ -746,9 +777,7 @@ def formulas(settings):
     ]
     rows = ""
     for what, file, function in places:
-        rows += (
-            f"<tr><th>{what}</th><td><code>{file}</code></td><td><code>{function}</code></td></tr>"
-        )
+        rows += f"<tr><th>{what}</th><td><code>{file} {function}</code></td></tr>"
     return (
         "<h2>Where this is written</h2>"
         f'<div class="scroll" tabindex="0"><table><tbody>{rows}</tbody></table></div>'
@@ -796,11 +825,12 @@ function text(x, digits) {                                  \
 }
 function chance(log) { return text(100 * Math.exp(log), 1) + " %"; }
 function fill(token) {
-  const n = numbers(token), card = token.closest("article"), group = token.closest("section").dataset;
+  const n = numbers(token), card = token.closest("article");
+  const group = token.closest("section").dataset, piece = token.textContent;
   const a = Number(card.dataset.advantage), place = all(".t", card);
   const kl = Number(group.kl), count = Number(group.tokens).toLocaleString("en");
-  cells.token.textContent = token.textContent.trim() ? token.textContent.trim() \
-: token.textContent.includes("\\n") ? "new line" : token.textContent ? "space" : "part of a character";
+  cells.token.textContent = piece.trim() || (piece.includes("\\n") ? "new line" : \
+piece ? "space" : "part of a character");
   cells.where.textContent = "token " + (place.indexOf(token) + 1) + " of " + place.length + \
 ", response " + card.dataset.response + ", A = " + text(a, 2);
   cells.old.textContent = "p old = " + chance(n.old) + ", log " + text(n.old, 3);
@@ -814,12 +844,14 @@ cells[name].textContent = "no update has seen it";
   const j = (Number.isNaN(n.k3) ? 0 : kl * n.k3) - n.loss;
   const floored = a < 0 && n.ratio > Number(group.dual);
   cells.ratio.textContent = "w = exp(" + text(n.now, 3) + " + " + text(-n.old, 3) + ") = " + \
-text(n.ratio, 4) + (n.clipped ? ", clipped: no push" : floored ? ", bounded: no push" : ", not clipped");
+text(n.ratio, 4) + ", " + (n.clipped ? "clipped: no push" : floored ? "bounded: no push" \
+: "not clipped");
   cells.objective.textContent = "J = " + (n.clipped || floored ? "bound" : text(n.ratio, 4)) + \
 " \\u00d7 A = " + text(j, 3);
   cells.k3.textContent = Number.isNaN(n.k3) ? "no reference" : "p ref " + chance(n.ref) + \
 ", k3 = " + text(n.k3, 5);
-  cells.share.textContent = "\\u2212(" + text(j, 3) + " \\u2212 " + kl + " k3) / " + count + " = " + text(n.share, 6);
+  cells.share.textContent = "\\u2212(" + text(j, 3) + \
+(kl ? " \\u2212 " + kl + " k3" : "") + ") / " + count + " = " + text(n.share, 6);
 }
 function show(token) {
   if (current) current.classList.remove("now");
@@ -901,7 +933,10 @@ function choose(name) {
   }
 }
 for (const button of buttons) button.addEventListener("click", () => choose(button.dataset.group));
-if (buttons.length) { document.querySelector("nav").hidden = false; choose(buttons[0].dataset.group); }
+if (buttons.length) {
+  document.querySelector("nav").hidden = false;
+  choose(buttons[0].dataset.group);
+}
 """
 )
 
@@ -927,6 +962,8 @@ nav { position: sticky; top: 0; z-index: 2; background: var(--page); padding: .5
 nav button { cursor: pointer; } \
 nav button[aria-pressed=true] { background: var(--ink); color: var(--page); }
 .path { color: var(--soft); } \
+nav:not([hidden]) ~ section .path { display: none; } \
+sub { line-height: 0; } \
 mark { background: color-mix(in srgb, var(--p3) 25%, transparent); color: inherit; \
 border-radius: 3px; }
 .ask { display: grid; gap: 1.25rem; } \
@@ -967,7 +1004,8 @@ border-radius: 3px; cursor: pointer; padding: .1rem 0; }
 .part::before { content: "\\00b7"; color: var(--soft); }
 .formulas { background: var(--card); border-radius: 10px; padding: .6rem 1rem; margin: .75rem 0; \
 font-variant-numeric: tabular-nums; }
-.formulas b { display: inline-block; min-width: 6.5rem; } \
+.formulas p { padding-left: 6.5rem; text-indent: -6.5rem; } \
+.formulas b { display: inline-block; width: 6.5rem; text-indent: 0; } \
 td.up, td.down, b.up, b.down, b.still { color: var(--c); font-weight: 600; font-size: inherit; }
 .line { margin: 1.5rem 1rem 1rem; } \
 .line > div { position: relative; border-bottom: 2px solid var(--soft); }
@@ -1000,6 +1038,7 @@ aside dd { margin: 0; }
 @media (max-width: 40rem) { aside dl div { display: grid; grid-template-columns: 5rem 1fr; } \
 nav button { flex: 1; } \
 nav button span { display: none; } \
+.formulas p { padding: 0; text-indent: 0; } \
 .formulas b { display: block; }
 aside dl, aside dd { font-size: .875rem; gap: .1rem; } }
 """
