@@ -20,6 +20,7 @@ In this order: what grpo.py calls; what is shown of a group; the page; its style
 
 import math
 import os
+import statistics
 from html import escape
 
 import data
@@ -333,7 +334,11 @@ def choice(views):
 
 def group_section(settings, view, name):
     """Everything about one group, from the question to what the update changed."""
-    steps = [question_part(view), responses_part(settings, view, name), compare_part(view)]
+    steps = [
+        question_part(view),
+        responses_part(settings, view, name),
+        compare_part(settings, view),
+    ]
     if view["step"]:
         steps += [push_part(settings, view), hold_part(settings, view)]
     steps.append(after_part(view))
@@ -387,7 +392,7 @@ def pictures(view):
             over = centers_drawing(view, image.size)
         if over:
             words = "○ true centre, × where a response puts it: "
-            words += "blue is rewarded above the mean, orange below"
+            words += "blue is pushed up, orange is pushed down"
         few_pixels = max(image.size) < 200
         html += report.figure(draw_marks(image, row, i), words, few_pixels, over)
     return html
@@ -495,12 +500,9 @@ def card(view, response):
 def reward_bar(response):
     """The parts of a reward: a bar, and the sum with its weights."""
     parts = response["parts"]
-    weights = rewards.WEIGHTS_WITH_CENTERS
-    if parts["detection"] is None:
-        weights = rewards.WEIGHTS
     bars = ""
     terms = []
-    for k, (name, weight) in enumerate(weights.items()):
+    for k, (name, weight) in enumerate(weights_of(response).items()):
         width = 100 * weight * parts[name]
         bars += f'<i class="r{k}" style="width:{width:.2f}%"></i>'
         terms.append(f'<span><s class="r{k}"></s>{name} {weight:g} × {plain(parts[name])}</span>')
@@ -532,24 +534,17 @@ def number_text(value):
     return "-" if value is None else f"{value:.9g}"
 
 
-def compare_part(view):
+def compare_part(settings, view):
     """Mean, deviation, advantages: the formula with its numbers, and a line of rewards."""
     responses = view["responses"]
-    G = len(responses)
     mean = view["mean"]
-    deviation = view["deviation"]
-    by_number = sorted(responses, key=lambda response: response["number"])
-    some = by_number[:8]
-    dots = " + …" * (G > len(some))
-    total_of = " + ".join(plain(r["reward"]) for r in some) + dots
-    squares = " + ".join(f"({plain(r['reward'])} − {plain(mean)})²" for r in some) + dots
+    each = settings.normalize == "each"
     rows = ""
     for r in extremes(responses, RESPONSES):
-        gap = r["reward"] - mean
         color = direction(r["advantage"])
         rows += (
             f"<tr><th>{r['number']}</th><td>{plain(r['reward'], 3)}</td>"
-            f"<td>{signed(gap, 3)}</td>"
+            f"<td>{signed(r['reward'] - mean, 3)}</td>"
             f'<td class="{color}">{signed(r["advantage"], 3)} {ARROWS[color]}</td></tr>'
         )
     tie = ""
@@ -564,19 +559,52 @@ def compare_part(view):
         )
     body = (
         "<p>A reward alone does not say whether a response was good <em>for this question</em>. "
-        f"Its {G - 1} siblings do: the group's mean is the yardstick, its standard deviation "
-        "the unit. No second network has to guess the value of a question.</p>"
+        f"Its {len(responses) - 1} siblings do: the group's mean is the yardstick, its standard "
+        "deviation the unit. No second network has to guess the value of a question.</p>"
         f"{reward_line(view)}"
-        f'<div class="formulas"><p><b>mean</b> ({total_of}) / {G} = '
-        f"<strong>{plain(mean, 4)}</strong></p>"
-        f"<p><b>deviation</b> √[({squares}) / ({G} − 1)] = "
-        f"<strong>{plain(deviation, 4)}</strong></p>"
-        "<p><b>advantage</b> A = (reward − mean) / (deviation + 0.000001)</p></div>"
+        f'<div class="formulas">{part_formulas(view) if each else sum_formulas(view)}</div>'
         '<div class="scroll" tabindex="0"><table><thead><tr><th>response</th><th>reward</th>'
-        f"<th>− mean</th><th>/ deviation = A</th></tr></thead><tbody>{rows}"
-        f"</tbody></table></div>{tie}{dropped}"
+        f"<th>− mean</th><th>{'A' if each else '/ deviation = A'}</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>{tie}{dropped}"
     )
     return "Compared with its siblings", body
+
+
+def sum_formulas(view):
+    """--normalize sum: how the advantages come from the rewards, in numbers."""
+    G = len(view["responses"])
+    mean = plain(view["mean"])
+    some = sorted(view["responses"], key=lambda response: response["number"])[:8]
+    dots = " + …" * (G > len(some))
+    total_of = " + ".join(plain(r["reward"]) for r in some) + dots
+    squares = " + ".join(f"({plain(r['reward'])} − {mean})²" for r in some) + dots
+    return (
+        f"<p><b>mean</b>({total_of}) / {G} = <strong>{plain(view['mean'], 4)}</strong></p>"
+        f"<p><b>deviation</b>√[({squares}) / ({G} − 1)] = "
+        f"<strong>{plain(view['deviation'], 4)}</strong></p>"
+        "<p><b>advantage</b>A = (reward − mean) / (deviation + 0.000001)</p>"
+    )
+
+
+def part_formulas(view):
+    """--normalize each: how the advantages come from the parts of the rewards, in numbers."""
+    lines = ""
+    for name, weight in weights_of(view["responses"][0]).items():
+        values = [r["parts"][name] for r in view["responses"]]
+        lines += (
+            f"<p><b>{name}</b>weight {weight:g}, mean {plain(statistics.mean(values), 4)}, "
+            f"deviation {plain(statistics.stdev(values), 4)}</p>"
+        )
+    return (
+        f"{lines}<p><b>advantage</b>A = Σ weight × (part − mean) / (deviation + 0.000001), the sum "
+        "over the parts, then divided by the deviation of these sums over all groups kept</p>"
+    )
+
+
+def weights_of(response):
+    """The weights of the parts that a reward has."""
+    has_centers = response["parts"]["detection"] is not None
+    return rewards.WEIGHTS_WITH_CENTERS if has_centers else rewards.WEIGHTS
 
 
 def reward_line(view):
@@ -664,13 +692,10 @@ def push_part(settings, view):
 def because(view, response):
     """Why a response has its advantage: the part of the reward that sets it apart."""
     parts = response["parts"]
-    weights = rewards.WEIGHTS_WITH_CENTERS
-    if parts["detection"] is None:
-        weights = rewards.WEIGHTS
     siblings = view["responses"]
     gaps = {}  # part -> how far its weighted value is above the group's mean
     means = {}
-    for name, weight in weights.items():
+    for name, weight in weights_of(response).items():
         means[name] = sum(r["parts"][name] for r in siblings) / len(siblings)
         gaps[name] = weight * (parts[name] - means[name])
     name = max(gaps, key=lambda part: abs(gaps[part]))

@@ -376,6 +376,19 @@ def test_no_text_becomes_a_part_of_the_page(attack):
     assert hostile.sections[0]["articles"][0]["text"] == attack * 2 and attack in hostile.words
 
 
+def test_parts_that_are_normalised_one_by_one_are_told_so():
+    counts = {"sampled": 1, "kept": 1, "updates": 1}
+    view = hostile_view("plain", "plain")
+    view["responses"][0]["parts"]["accuracy"] = 0.9
+    view["responses"][1]["parts"] = {**view["responses"][1]["parts"], "accuracy": 0.5}
+    settings = dataclasses.replace(BASE, group_size=2, normalize="each")
+    words = Page(explain.page_of(settings, [view], counts)).words
+    assert "weight 0.8, mean 0.7000, deviation 0.2828" in words and "reward − mean)" not in words
+    settings = dataclasses.replace(settings, normalize="sum")
+    words = Page(explain.page_of(settings, [view], counts)).words
+    assert "(0.60 + 0.40) / 2 = 0.5000" in words and "deviation 0.2828" not in words
+
+
 # ----------------------------------------------------------------------------------------------
 # the flag
 
