@@ -897,6 +897,8 @@ function pin(token) {
   pinned = token;
   for (const other of all(".t", token.parentNode)) other.tabIndex = other === token ? 0 : -1;
   show(token);
+  token.scrollIntoView({block: "nearest"});                 \
+/* not below the panel: scroll-margin */
 }
 function close() { pinned = null; show(null); }
 document.addEventListener("pointerover", event => {
@@ -922,7 +924,11 @@ document.addEventListener("keydown", event => {
 Home: 0, End: siblings.length - 1}[event.key];
   if (event.key === "Enter" || event.key === " ") pin(token);
   else if (to === undefined) return;
-  else siblings[Math.max(0, Math.min(siblings.length - 1, to))].focus();
+  else {
+    const next = siblings[Math.max(0, Math.min(siblings.length - 1, to))];
+    next.focus();
+    pin(next);
+  }
   event.preventDefault();
 });
 panel.querySelector("button").addEventListener("click", close);
@@ -1020,7 +1026,7 @@ margin-right: .25rem; }
 .tokens { font: .875rem/1.75 ui-monospace, monospace; white-space: pre-wrap; margin-top: .5rem; \
 max-height: 26rem; overflow: auto; }
 .t { --c: var(--p3); background: color-mix(in srgb, var(--c) calc(var(--x) * 1%), transparent); \
-border-radius: 3px; cursor: pointer; padding: .1rem 0; }
+border-radius: 3px; cursor: pointer; padding: .1rem 0; scroll-margin: 5rem 0 17rem; }
 .t.up { --c: var(--up); } \
 .t.down { --c: var(--down); } \
 .t:hover, .t.now { outline: 2px solid var(--ink); outline-offset: 0; } \
