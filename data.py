@@ -404,6 +404,11 @@ def user_sources(settings):
     return sources
 
 
+def user_files(settings):
+    """The paths that --data and --scenes name, without weights; "" where --scenes is not given."""
+    return [*(spec.partition("*")[0] for spec in settings.data), settings.scenes]
+
+
 def file_source(spec, skip_bad_rows=False):
     """ "FILE" or "FILE*weight" -> a source. The first 20 rows are checked now, all others on
     use."""

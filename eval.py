@@ -763,7 +763,7 @@ def tell(settings, rows, results):
 
 def check_files(settings):
     """UserError where an output can't be written, or would replace what is read; before any work."""
-    inputs = [*(spec.partition("*")[0] for spec in settings.data), settings.scenes]
+    inputs = data.user_files(settings)
     inputs += [*settings.compare, *settings.ask[:1], settings.depth]
     for folder in (settings.model, *settings.runs):
         inputs += files_of_model(folder)

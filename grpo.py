@@ -749,8 +749,7 @@ def check_flags(settings, asked):
             "--lora trains adapters of the language model only; leave --train_vision out"
         )
     if settings.explain:
-        inputs = [*(spec.partition("*")[0] for spec in settings.data), settings.scenes]
-        inputs += eval.files_of_model(settings.model)
+        inputs = data.user_files(settings) + eval.files_of_model(settings.model)
         check_outputs({"--explain": settings.explain}, inputs)
     if settings.data and is_made_first(settings):
         raise UserError("--model: is needed with --data, a model that sft.py made with --data")

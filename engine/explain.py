@@ -405,11 +405,11 @@ def centers_drawing(view, size):
     cross = f"m-{arm:g},-{arm:g}l{2 * arm:g},{2 * arm:g}m0,-{2 * arm:g}l-{2 * arm:g},{2 * arm:g}"
     circles = ""
     crosses = ""
+    best = view["responses"][0]
     for response in reversed(view["responses"]):  # the best one on top
         color = direction(response["advantage"])
-        circles = ""
         for rgb, true, predicted in report.center_points(view["row"], response["text"], size):
-            if true:
+            if true and response is best:  # the same for all
                 u, v = true
                 circle = f'circle cx="{u:.1f}" cy="{v:.1f}" r="{1.5 * arm:g}"'
                 circles += report.with_halo(circle, rgb)
