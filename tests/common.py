@@ -1,4 +1,4 @@
-"""What several test files share: where the project and real data lie.
+"""What several test files share: where the project and real data lie, a process group, groups.
 
 Real pictures, pairs of views and benchmark rows are no part of the project. They are looked for in a
 folder `shared/realdata` beside the repository, or in $REALDATA; tests of them skip without, and say so.
@@ -18,6 +18,19 @@ def needs_real(name):
     return pytest.mark.skipif(
         not (REALDATA / name).exists(), reason=f"no real data: {name} is not in shared/realdata"
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    """A process group of one, on one thread; for all tests of a file that imports this."""
+    import torch
+
+    from engine import distributed
+
+    distributed.setup(0)
+    torch.set_num_threads(1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def make_learner(

@@ -22,6 +22,7 @@ from html.parser import HTMLParser
 import pytest
 import torch
 import torch.distributed as dist
+from common import process_group  # noqa: F401  (at work in every test)
 from test_model import ROWS, make_model, make_processor, make_tokenizer, whole
 
 import data
@@ -106,14 +107,6 @@ class Rows:
 def rule(row, response, parts):
     """A reward that differs from response to response."""
     return zlib.crc32(response.encode()) % 7 / 6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    distributed.setup(0)
-    torch.set_num_threads(1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from common import process_group  # noqa: F401  (at work in every test)
 from safetensors.torch import load_file
 from test_model import ROWS, make_model, make_processor, make_tokenizer
 
 import data
 import grpo
 import sft
-from engine import distributed
 from engine.checkpoint import load_model
 from engine.settings import parse
 from formats.errors import UserError
@@ -42,14 +41,6 @@ CPU = torch.device("cpu")
 def count(usual):
     """How many inputs are drawn."""
     return int(os.environ.get("FUZZ", usual))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    distributed.setup(0)
-    torch.set_num_threads(1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import REALDATA, ROOT, encoded, make_learner, needs_real, with_advantages
+from common import (
+    REALDATA,
+    ROOT,
+    encoded,
+    make_learner,
+    needs_real,
+    process_group,  # noqa: F401  (at work in every test)
+    with_advantages,
+)
 from PIL import Image
 from test_model import NEVER, gradients, make_model, make_processor, make_tokenizer, one_by_one
 
@@ -31,7 +39,6 @@ import eval
 import grpo
 import rewards
 import sft
-from engine import distributed
 from engine.shared_prefix import rollout, token_logprobs
 from formats import files, instances
 from formats.errors import BadRow
@@ -42,14 +49,6 @@ from world import sources
 PAIRS = REALDATA / "multiview" / "pairs.jsonl"
 CPU, SIZES = torch.device("cpu"), [(48, 64), (32, 48), (64, 32)]  # height, width
 PATCH, MERGE = 8, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    distributed.setup(0)
-    torch.set_num_threads(1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from common import process_group  # noqa: F401  (at work in every test)
 from torch.nn import functional as F
 from transformers import (
     DynamicCache,
@@ -48,14 +48,6 @@ from model import (
 
 PATCH, MERGE, NEVER = 8, 2, torch.tensor([], dtype=torch.long)
 MARKS = ["red bbox", "blue bbox", "green bbox"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    distributed.setup(0)
-    torch.set_num_threads(1)
-    yield
-    dist.destroy_process_group()
 
 
 def make_tokenizer(special=tuple(SPECIAL_TOKENS)):

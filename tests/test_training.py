@@ -16,7 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from common import encoded, make_learner, with_advantages
+from common import (
+    encoded,
+    make_learner,
+    process_group,  # noqa: F401  (at work in every test)
+    with_advantages,
+)
 from test_model import (
     NEVER,
     ROWS,
@@ -56,14 +61,6 @@ BASE = dataclasses.replace(
     train_vision=False,
     show_every=0,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    distributed.setup(0)
-    torch.set_num_threads(1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # exact comparisons need the CPU
 
 import pytest
 import torch
-import torch.distributed as dist
+from common import process_group  # noqa: F401  (at work in every test)
 from test_instances import several_rows
 from test_model import (
     NEVER,
@@ -25,20 +25,11 @@ from test_model import (
 
 import data
 import model as plain
-from engine import distributed
 from engine import shared_prefix as fast
 from model import encode_prompts, token_rules
 
 GROUP, LENGTH = 3, 9
 MANY_STOPS = torch.arange(20, 60)  # responses of a random model end at many lengths
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group():
-    distributed.setup(0)
-    torch.set_num_threads(1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
